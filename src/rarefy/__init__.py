@@ -1,0 +1,3 @@
+"""Compress a trained network under a budget, with proof."""
+
+__version__ = "0.1.0"

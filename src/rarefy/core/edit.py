@@ -1,0 +1,148 @@
+"""``edit``: the one function that knows the tree.
+
+It walks to the leaves that a technique can rewrite and hands each one a ``Leaf``: the node itself,
+the *target* (the original weight minus what the siblings supply, so that errors made earlier are
+repaired by whoever comes later), what the masks above let through, and the evidence as it arrives at
+that leaf. The technique returns a new node of the same shape; it never sees the rest of the tree.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rarefy.core.errors import EditError
+from rarefy.core.nodes import Masked, Node, Product, Shared, Sum, with_children
+from rarefy.core.nouns import Evidence, Receipt, relative_error
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One leaf as a technique sees it.
+
+    target: what this leaf should stand for, [out, in] float32. keep: where masks above let weights
+    through (None: everywhere). evidence: what arrives at this leaf (None: none was collected).
+    """
+
+    site: str
+    node: Node
+    target: Float[Tensor, "out in_"]
+    keep: Bool[Tensor, "out in_"] | None
+    evidence: Evidence | None
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """The node a technique made and what it has to say about it (fallbacks; empty: nothing)."""
+
+    node: Node
+    note: str = ""
+
+
+class Technique(Protocol):
+    """One file under ``techniques/``: a frozen dataclass whose fields are its settings."""
+
+    edits: ClassVar[tuple[type[Node], ...]]
+    needs: ClassVar[frozenset[str]]
+
+    def rewrite(self, leaf: Leaf, generator: torch.Generator) -> Edited: ...
+
+
+def edit(site: str, tree: Node, original: Tensor, technique: Technique, name: str,
+         evidence: Evidence | None, generator: torch.Generator) -> tuple[Node, Receipt]:
+    """Apply ``technique`` to every leaf of ``tree`` that it can edit.
+
+    Returns the new tree, of the same shape, and a receipt. Raises EditError when the technique needs
+    evidence that is missing, or finds nothing to edit.
+    """
+    for need in sorted(technique.needs):
+        if evidence is None or getattr(evidence, need) is None:
+            raise EditError(f"{site}: {name} needs calibration evidence ({need}) and there is none; "
+                            "pass calibration data or a data-free technique")
+    started = time.perf_counter()
+    walk = _Walk(site, technique, generator)
+    after = walk.node(tree, original, None, evidence)
+    if walk.edited == 0:
+        kinds = ", ".join(kind.__name__ for kind in technique.edits)
+        raise EditError(f"{site}: {name} edits {kinds} and found none in {_outline(tree)}")
+    if after.shape != tree.shape:
+        raise EditError(f"{site}: {name} changed the shape {tree.shape} to {after.shape}")
+    error = float("nan") if evidence is None else relative_error(original, after.dense(), evidence)
+    return after, Receipt(site, name, tree.bits(), after.bits(), error,
+                          time.perf_counter() - started, note="; ".join(walk.notes))
+
+
+class _Walk:
+    """Depth-first, left to right; each child's target accounts for the children already rewritten."""
+
+    def __init__(self, site: str, technique: Technique, generator: torch.Generator) -> None:
+        self.site, self.technique, self.generator = site, technique, generator
+        self.edited = 0
+        self.notes: list[str] = []
+
+    def node(self, node: Node, target: Tensor, keep: Tensor | None,
+             evidence: Evidence | None) -> Node:
+        if isinstance(node, self.technique.edits):
+            self.edited += 1
+            done = self.technique.rewrite(Leaf(self.site, node, target, keep, evidence), self.generator)
+            if done.note:
+                self.notes.append(done.note)
+            return done.node
+        match node:
+            case Masked(keep=own, inner=inner):
+                both = own if keep is None else own & keep
+                return Masked(own, self.node(inner, torch.where(own, target, 0.0), both, evidence))
+            case Sum(terms=terms):
+                for index in range(len(terms)):
+                    rest = sum((t.dense() for k, t in enumerate(terms) if k != index),
+                               torch.zeros_like(target))
+                    new = self.node(terms[index], target - rest, keep, evidence)
+                    terms = (*terms[:index], new, *terms[index + 1:])
+                return Sum(terms)
+            case Product(left=left, right=right):
+                return self._product(left, right, target, evidence)
+            case _:
+                return node
+
+    def _product(self, left: Node, right: Node, target: Tensor,
+                 evidence: Evidence | None) -> Node:
+        """Each factor's target is its least-squares fit given the other one.
+
+        left: argmin_L ||(L R - T) X||, that is T H R^T (R H R^T)^+; right: argmin_R ||L R - T|| = L^+ T.
+        The right factor goes first, so the left one, fitted in the outputs' metric, has the last word.
+        """
+        before = left.dense()
+        right = self.node(right, torch.linalg.lstsq(before, target).solution, None,
+                          None if evidence is None else evidence.before(before))
+        matrix = right.dense()
+        gram = torch.eye(matrix.shape[1]) if evidence is None else evidence.gram
+        inner = (matrix @ gram @ matrix.T).double()
+        wanted = (target @ gram @ matrix.T).double() @ torch.linalg.pinv(inner, hermitian=True)
+        left = self.node(left, wanted.float(), None,
+                         None if evidence is None else evidence.through(matrix))
+        return Product(left, right)
+
+
+def _outline(node: Node) -> str:
+    """``Sum(Quantized, Product(Dense, Dense))``: a tree in one line, for messages."""
+    below = node.children()
+    name = type(node).__name__
+    return f"{name}({', '.join(_outline(child) for child in below)})" if below else name
+
+
+def leaves(node: Node) -> tuple[Node, ...]:
+    """Every leaf below ``node``, left to right."""
+    below = node.children()
+    return (node,) if not below else tuple(leaf for child in below for leaf in leaves(child))
+
+
+def replace_shared(node: Node, path: str, of: Node) -> Node:
+    """The tree with every reference to the weight stored at ``path`` pointing at ``of``."""
+    if isinstance(node, Shared):
+        return replace(node, of=of) if node.path == path else node
+    return with_children(node, tuple(replace_shared(child, path, of) for child in node.children()))

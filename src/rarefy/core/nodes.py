@@ -1,0 +1,234 @@
+"""The algebra: a weight is an expression tree of small frozen values.
+
+Every compression technique rewrites such a tree. A node knows its shape, the dense matrix it stands
+for, how many bits it costs, how to keep a subset of an axis, and its children. It knows no file
+format, no kernel, and no class but those it is made of.
+
+Weights are written "out in": a linear layer computes ``y = W x``; an embedding has one row per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from rarefy.numerics.grids import Grid
+
+
+class Node:
+    """What every node of a weight's tree can do. Abstract; the concrete nodes are final."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor this node stands for."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The tensor this node stands for, in float32; differentiable in the floating leaves."""
+        raise NotImplementedError
+
+    def bits(self) -> int:
+        """Bits that storing this node takes: codes, scales, masks and all, container header aside."""
+        raise NotImplementedError
+
+    def select(self, axis: int, index: Tensor) -> Node:
+        """The node that keeps only ``index`` (int64) along ``axis``."""
+        raise NotImplementedError
+
+    def children(self) -> tuple[Node, ...]:
+        """The weight nodes directly below, in a fixed order; empty for a leaf."""
+        return ()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Dense(Node):
+    """Plain values, stored in their own dtype."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def dense(self) -> Tensor:
+        return self.values.to(torch.float32)
+
+    def bits(self) -> int:
+        return self.values.numel() * self.values.element_size() * 8
+
+    def select(self, axis: int, index: Tensor) -> Dense:
+        return Dense(self.values.index_select(axis, index))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Quantized(Node):
+    """Codes on a grid: ``scale * levels[codes] + zero`` per group of columns.
+
+    ``codes`` has one byte per weight in memory whatever the grid: packing belongs to the formats.
+    ``scale`` and ``zero`` stand for [out, groups] matrices; under double quantization they are
+    ``Quantized`` themselves.
+    """
+
+    codes: UInt8[Tensor, "out in_"]
+    scale: Node
+    zero: Node | None
+    grid: Grid
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def dense(self) -> Float[Tensor, "out in_"]:
+        rows, columns = self.codes.shape
+        group = self.grid.group or columns
+        levels = torch.tensor(self.grid.levels, dtype=torch.float32, device=self.codes.device)
+        # one float buffer the size of the weight, then in place: an embedding is most of a small model
+        values = levels[self.codes.int()].view(rows, columns // group, group)
+        scale = self.scale.dense().unsqueeze(-1)
+        values = values * scale
+        if self.zero is not None:
+            zero = self.zero.dense().unsqueeze(-1)
+            assert self.grid.zero is not None
+            values = values + (zero * scale if self.grid.zero.relative else zero)
+        return values.view(rows, columns)
+
+    def bits(self) -> int:
+        return (self.codes.numel() * self.grid.code_bits + self.scale.bits()
+                + (0 if self.zero is None else self.zero.bits()))
+
+    def select(self, axis: int, index: Tensor) -> Quantized:
+        if axis == 0:
+            return Quantized(self.codes.index_select(0, index), self.scale.select(0, index),
+                             None if self.zero is None else self.zero.select(0, index), self.grid)
+        group = self.grid.group or self.codes.shape[1]
+        whole = index.view(-1, group) if index.numel() % group == 0 else None
+        first = None if whole is None else whole[:, :1]
+        if (whole is None or first is None or bool((first % group).any())
+                or not torch.equal(whole, first + torch.arange(group, device=index.device))):
+            raise ValueError(f"columns of a grid of group {group} can only be kept in whole groups; "
+                             "select before quantizing")
+        groups = whole[:, 0] // group
+        return Quantized(self.codes.index_select(1, index), self.scale.select(1, groups),
+                         None if self.zero is None else self.zero.select(1, groups), self.grid)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Masked(Node):
+    """What was dropped stays dropped: ``keep * inner``."""
+
+    keep: Bool[Tensor, "out in_"]
+    inner: Node
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def dense(self) -> Tensor:
+        return torch.where(self.keep, self.inner.dense(), 0.0)
+
+    def bits(self) -> int:
+        return self.keep.numel() + self.inner.bits()
+
+    def select(self, axis: int, index: Tensor) -> Masked:
+        return Masked(self.keep.index_select(axis, index), self.inner.select(axis, index))
+
+    def children(self) -> tuple[Node, ...]:
+        return (self.inner,)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Product(Node):
+    """A low-rank weight: ``left @ right`` with left [out, rank] and right [rank, in]."""
+
+    left: Node
+    right: Node
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[0], self.right.shape[1])
+
+    def dense(self) -> Tensor:
+        return self.left.dense() @ self.right.dense()
+
+    def bits(self) -> int:
+        return self.left.bits() + self.right.bits()
+
+    def select(self, axis: int, index: Tensor) -> Product:
+        if axis == 0:
+            return replace(self, left=self.left.select(0, index))
+        return replace(self, right=self.right.select(1, index))
+
+    def children(self) -> tuple[Node, ...]:
+        return (self.left, self.right)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Sum(Node):
+    """A sum of weights of one shape: quantized + low-rank repair, base + adapter."""
+
+    terms: tuple[Node, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.terms[0].shape
+
+    def dense(self) -> Tensor:
+        total = self.terms[0].dense()
+        for term in self.terms[1:]:
+            total = total + term.dense()
+        return total
+
+    def bits(self) -> int:
+        return sum(term.bits() for term in self.terms)
+
+    def select(self, axis: int, index: Tensor) -> Sum:
+        return Sum(tuple(term.select(axis, index) for term in self.terms))
+
+    def children(self) -> tuple[Node, ...]:
+        return self.terms
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Shared(Node):
+    """Another site's weight, stored there: tied embeddings, layers that share parameters."""
+
+    path: str
+    of: Node
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def dense(self) -> Tensor:
+        return self.of.dense()
+
+    def bits(self) -> int:
+        return 0
+
+    def select(self, axis: int, index: Tensor) -> Node:
+        raise ValueError(f"a shared weight is edited where it is stored: {self.path}")
+
+
+def with_children(node: Node, children: tuple[Node, ...]) -> Node:
+    """The same node over other children."""
+    match node:
+        case Masked(keep=keep):
+            return Masked(keep, children[0])
+        case Product():
+            return Product(*children)
+        case Sum():
+            return Sum(children)
+        case _:
+            if children:
+                raise TypeError(f"{type(node).__name__} is a leaf")
+            return node

@@ -1,0 +1,180 @@
+"""The nouns that flow between the floors: Evidence, Option, Budget, Target, Step, Recipe, Receipt.
+
+Frozen values all. ``Evidence`` and ``Option`` carry tensors; the rest is plain data that goes to
+YAML or JSON and back.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rarefy.core.errors import RecipeError
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What calibration saw at one weight ``y = W x``.
+
+    gram: sum over tokens of ``x x^T``, [in, in] float32. tokens: how many tokens were summed.
+    fisher: mean over tokens of the squared gradient of the log-likelihood of the model's own samples
+    with respect to ``y``, [out], so that ``KL ~ 1/2 sum_i fisher_i dW_i (gram/tokens) dW_i^T`` in nats
+    per token (the Kronecker-factored Fisher of Martens & Grosse 2015 with a diagonal output side).
+    """
+
+    gram: Float[Tensor, "in_ in_"]
+    tokens: int
+    fisher: Float[Tensor, " out"] | None = None
+
+    def __add__(self, other: Evidence) -> Evidence:
+        """Evidence from two shards of data. The Fisher is a mean, so it is weighted by tokens."""
+        fisher = None
+        if self.fisher is not None and other.fisher is not None:
+            total = self.tokens + other.tokens
+            fisher = (self.fisher * self.tokens + other.fisher * other.tokens) / total
+        return Evidence(self.gram + other.gram, self.tokens + other.tokens, fisher)
+
+    def through(self, matrix: Float[Tensor, "rank in_"]) -> Evidence:
+        """The evidence that arrives behind ``matrix``: inputs become ``matrix @ x``."""
+        return replace(self, gram=matrix @ self.gram @ matrix.T)
+
+    def before(self, matrix: Float[Tensor, "out rank"]) -> Evidence:
+        """The evidence in front of ``matrix``: the outputs of this weight are its inputs."""
+        if self.fisher is None:
+            return self
+        return replace(self, fisher=(matrix.square() * self.fisher[:, None]).sum(0))
+
+    def error(self, delta: Float[Tensor, "out in_"]) -> float:
+        """Mean squared output error per token of changing the weight by ``delta``."""
+        return float(((delta @ self.gram) * delta).sum()) / max(self.tokens, 1)
+
+
+def bytes_of(text: str) -> int:
+    """``"160MB"`` -> 160_000_000; ``"1.5GiB"`` -> 1610612736; a bare number is bytes."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9,
+             "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in units:
+        raise RecipeError(f"size {text!r}: expected bytes like 160MB or 1.5GiB, a share like 60%, "
+                          "or bits per weight like 4.5bpw")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the exported file may cost. Exactly one of ``to`` and ``max_kl`` drives the planner.
+
+    to: bytes of the whole exported file (``160MB``), a share of the original's exported bytes
+    (``60%``), or bits per weight of the whole file (``4.5bpw``). max_kl: mean KL to the original in
+    nats per token; the file is then as small as that allows. With both, ``to`` drives and ``max_kl``
+    is a bound that the measurement must meet.
+    """
+
+    to: str | None = None
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.to is None and self.max_kl is None:
+            raise RecipeError("no budget: pass --to SIZE (160MB, 60%, 4.5bpw) or --max-kl NATS")
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise RecipeError(f"--max-kl must be a positive number of nats per token, got {self.max_kl}")
+        if self.to is not None:
+            self.limit(original=1, weights=1)
+
+    def limit(self, *, original: int, weights: int) -> int | None:
+        """The bound in bytes, for an original of that many bytes and that many weights."""
+        if self.to is None:
+            return None
+        text = self.to.strip()
+        if text.endswith("%"):
+            share = _number(text[:-1], text)
+            if not 0 < share <= 100:
+                raise RecipeError(f"size {text!r}: a share must lie in (0, 100]%")
+            return int(original * share / 100)
+        if text.lower().endswith("bpw"):
+            return int(weights * _number(text[:-3], text) / 8)
+        limit = bytes_of(text)
+        if limit <= 0:
+            raise RecipeError(f"size {text!r}: must be positive")
+        return limit
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise RecipeError(f"size {whole!r}: {text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise RecipeError(f"size {whole!r}: must be positive")
+    return value
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a runtime can load and what is fast there; it restricts the search before any work.
+
+    formats: names of the storage formats it loads, best-known first. fused: groups of roles that the
+    runtime fuses and that must share a format. exits: file suffix of the export.
+    """
+
+    name: str
+    formats: tuple[str, ...]
+    suffix: str
+    fused: tuple[tuple[str, ...], ...] = ()
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store one site: a chain of steps with its exact bytes and predicted damage.
+
+    damage: predicted mean KL to the original in nats per token if only this site changes.
+    """
+
+    site: str
+    format: str
+    bytes: int
+    damage: float
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One technique with its settings, applied where a pattern matches.
+
+    technique: file stem of the technique. where: glob over site paths or ``role:NAME``; a pattern that
+    matches nothing is an error. settings: fields of the technique's config.
+    """
+
+    technique: str
+    where: str = "*"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one step did to one site. ``note`` lists every fallback; silence is not an option.
+
+    error: mean squared output error per token after the step, relative to the mean squared output.
+    """
+
+    site: str
+    technique: str
+    bits_before: int
+    bits_after: int
+    error: float
+    seconds: float
+    format: str = ""
+    note: str = ""
+
+
+def relative_error(target: Tensor, dense: Tensor, evidence: Evidence) -> float:
+    """tr(D H D^T) / tr(W H W^T): the share of the output's energy that an edit loses."""
+    energy = evidence.error(target)
+    return evidence.error(target - dense) / energy if energy > 0 else float(
+        torch.linalg.vector_norm(target - dense) > 0)

@@ -1,0 +1,84 @@
+"""Grids: the finite sets of values that a stored weight may take.
+
+A grid says that a weight in row i and column j is
+
+    w[i, j] = scale[i, g] * levels[code[i, j]] + zero[i, g],      g = j // group
+
+where ``zero`` is absent, stored as it is, or stored as a multiple of the scale (the integer zero
+point of affine quantization, Jacob et al. 2018, eq. 1). A scale or zero is either one stored number
+per group, or itself an integer times a coarser number (the double quantization of QLoRA and of
+llama.cpp's K-types). A grid is a description only: how a file packs it belongs to ``formats``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one number per group (a scale or a zero) is stored.
+
+    ``bits == 0``: one plain number of ``dtype`` per group. Otherwise an integer between ``low`` and
+    ``low + 2**bits - 1`` per group, times one plain number of ``dtype`` for every ``over`` groups.
+    ``relative``: (zeros only) the stored number is multiplied by the scale of its group.
+    """
+
+    dtype: torch.dtype = torch.float16
+    bits: int = 0
+    low: int = 0
+    over: int = 0
+    relative: bool = False
+
+    def bits_per_group(self) -> float:
+        """Bits that one group spends on this number."""
+        plain = self.dtype.itemsize * 8
+        return plain if self.bits == 0 else self.bits + plain / self.over
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Levels (ascending, one per code), how many columns share a scale (0: the whole row), storage."""
+
+    name: str
+    levels: tuple[float, ...]
+    group: int
+    scale: Stored = Stored()
+    zero: Stored | None = None
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one code."""
+        return (len(self.levels) - 1).bit_length()
+
+    @property
+    def block(self) -> int:
+        """Columns that must be stored together: the group, or the groups under one coarse scale."""
+        return self.group * max(self.scale.over, 1)
+
+    def bits_per_weight(self, columns: int) -> float:
+        """Bits per weight, scales and zeros included, in rows of ``columns`` weights."""
+        per_group = self.scale.bits_per_group()
+        if self.zero is not None:
+            per_group += self.zero.bits_per_group()
+        return self.code_bits + per_group / (self.group or columns)
+
+
+def integer_grid(bits: int, group: int, *, symmetric: bool = True,
+                 dtype: torch.dtype = torch.float16) -> Grid:
+    """Uniform integers of 2 to 8 bits: symmetric (-2^(b-1) .. 2^(b-1)-1) or with a zero point.
+
+    >>> integer_grid(4, 128).bits_per_weight(1024)
+    4.125
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must lie between 2 and 8, got {bits}")
+    half = 1 << (bits - 1)
+    kind = "s" if symmetric else "z"
+    levels = tuple(float(v) for v in (range(-half, half) if symmetric else range(2 * half)))
+    zero = None if symmetric else Stored(dtype=dtype, bits=0)
+    if not symmetric:
+        zero = Stored(dtype=torch.int8, relative=True)
+    return Grid(f"int{bits}{kind}g{group or 'row'}", levels, group, Stored(dtype=dtype), zero)
