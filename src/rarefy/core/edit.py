@@ -25,8 +25,9 @@ from rarefy.core.nouns import Evidence, Receipt, relative_error
 class Leaf:
     """One leaf as a technique sees it.
 
-    target: what this leaf should stand for, [out, in] float32. keep: where masks above let weights
-    through (None: everywhere). evidence: what arrives at this leaf (None: none was collected).
+    target: what this leaf should stand for, [out, in] float32, dropped weights included, so that error
+    feedback repairs the damage of dropping them. keep: where masks above let weights through (None:
+    everywhere); elsewhere the leaf counts as zero whatever it holds. evidence: what arrives at this leaf (None: none was collected).
     """
 
     site: str
@@ -96,7 +97,7 @@ class _Walk:
         match node:
             case Masked(keep=own, inner=inner):
                 both = own if keep is None else own & keep
-                return Masked(own, self.node(inner, torch.where(own, target, 0.0), both, evidence))
+                return Masked(own, self.node(inner, target, both, evidence))
             case Sum(terms=terms):
                 for index in range(len(terms)):
                     rest = sum((t.dense() for k, t in enumerate(terms) if k != index),

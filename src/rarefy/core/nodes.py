@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from rarefy.numerics.grids import Grid
+from rarefy.numerics.grids import Grid, Stored
+from rarefy.numerics.rounding import Fit, Number
 
 
 class Node:
@@ -98,6 +99,19 @@ class Quantized(Node):
             values = values + (zero * scale if self.grid.zero.relative else zero)
         return values.view(rows, columns)
 
+    @classmethod
+    def of(cls, codes: UInt8[Tensor, "out in_"], fit: Fit) -> Quantized:
+        """The node of codes under fitted scales and zeros."""
+        zero = None
+        if fit.zero is not None and fit.grid.zero is not None:
+            zero = _number_node(fit.zero, fit.grid.zero)
+        return cls(codes, _number_node(fit.scale, fit.grid.scale), zero, fit.grid)
+
+    def fit(self) -> Fit:
+        """The stored scales and zeros, as ``numerics`` works on them."""
+        zero = None if self.zero is None else _node_number(self.zero)
+        return Fit(_node_number(self.scale), zero, self.grid)
+
     def bits(self) -> int:
         return (self.codes.numel() * self.grid.code_bits + self.scale.bits()
                 + (0 if self.zero is None else self.zero.bits()))
@@ -116,6 +130,30 @@ class Quantized(Node):
         groups = whole[:, 0] // group
         return Quantized(self.codes.index_select(1, index), self.scale.select(1, groups),
                          None if self.zero is None else self.zero.select(1, groups), self.grid)
+
+
+def _number_node(number: Number, stored: Stored) -> Node:
+    """One stored number per group as a node; double quantization gives a ``Quantized`` node."""
+    plain = Dense(number.plain)
+    if number.codes is None:
+        return plain
+    return Quantized(number.codes, plain, None, steps_grid(stored))
+
+
+def _node_number(node: Node) -> Number:
+    match node:
+        case Quantized(codes=codes, scale=Dense(values=plain)):
+            return Number(plain, codes)
+        case Dense(values=plain):
+            return Number(plain, None)
+        case _:
+            raise TypeError(f"a scale cannot be a {type(node).__name__}")
+
+
+def steps_grid(stored: Stored) -> Grid:
+    """The grid of scales that are integer steps of a coarser number."""
+    levels = tuple(float(stored.low + k) for k in range(1 << stored.bits))
+    return Grid(f"steps{stored.bits}", levels, stored.over, Stored(stored.dtype))
 
 
 @final

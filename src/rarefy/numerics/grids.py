@@ -40,13 +40,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class Grid:
-    """Levels (ascending, one per code), how many columns share a scale (0: the whole row), storage."""
+    """Levels (whole numbers, ascending, one per code), how many columns share a scale (0: the whole
+    row), and how scales and zeros are stored."""
 
     name: str
     levels: tuple[float, ...]
     group: int
     scale: Stored = Stored()
     zero: Stored | None = None
+
+    def __post_init__(self) -> None:
+        if any(level != int(level) for level in self.levels) or list(self.levels) != sorted(set(self.levels)):
+            raise ValueError(f"{self.name}: levels must be ascending whole numbers")
 
     @property
     def code_bits(self) -> int:
@@ -66,9 +71,23 @@ class Grid:
         return self.code_bits + per_group / (self.group or columns)
 
 
+    def check(self, site: str, columns: int) -> None:
+        """Raise ValueError, with site, value and remedy, unless rows of ``columns`` divide into blocks."""
+        if self.block and columns % self.block:
+            fitting = [n for n in (256, 128, 64, 32, 16) if columns % n == 0]
+            remedy = f"use a grid of block {fitting[0]}" if fitting else "use one scale per row"
+            raise ValueError(f"{site}: {columns} columns not divisible by {self.name}'s block "
+                             f"{self.block}; {remedy}")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether neighbouring levels are one apart, so that rounding finds the nearest one."""
+        return self.levels[-1] - self.levels[0] == len(self.levels) - 1
+
+
 def integer_grid(bits: int, group: int, *, symmetric: bool = True,
                  dtype: torch.dtype = torch.float16) -> Grid:
-    """Uniform integers of 2 to 8 bits: symmetric (-2^(b-1) .. 2^(b-1)-1) or with a zero point.
+    """Signed integers of 2 to 8 bits, with an integer zero point unless ``symmetric``.
 
     >>> integer_grid(4, 128).bits_per_weight(1024)
     4.125
@@ -76,9 +95,6 @@ def integer_grid(bits: int, group: int, *, symmetric: bool = True,
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must lie between 2 and 8, got {bits}")
     half = 1 << (bits - 1)
-    kind = "s" if symmetric else "z"
-    levels = tuple(float(v) for v in (range(-half, half) if symmetric else range(2 * half)))
-    zero = None if symmetric else Stored(dtype=dtype, bits=0)
-    if not symmetric:
-        zero = Stored(dtype=torch.int8, relative=True)
-    return Grid(f"int{bits}{kind}g{group or 'row'}", levels, group, Stored(dtype=dtype), zero)
+    zero = None if symmetric else Stored(dtype=torch.int8, relative=True)
+    name = f"int{bits}{'' if symmetric else 'z'}g{group or 'row'}"
+    return Grid(name, tuple(float(v) for v in range(-half, half)), group, Stored(dtype=dtype), zero)
