@@ -1,0 +1,244 @@
+"""A model: strict loading of a causal language model from a folder, a GGUF file, the hub or memory.
+
+Loading never guesses. The network that the configuration describes is laid out without memory (on the
+meta device), and the files must hold exactly its tensors: one missing, unexpected or of another shape is
+an error, where plain transformers would initialise it at random and warn. No code from model files is
+run, nothing is unpickled, and a checkpoint that is already quantized is refused unless asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core.errors import ModelError, did_you_mean
+from rarefy.models.families import Family, family_of
+from rarefy.models.map import ModelMap, map_model
+from rarefy.models.sources import ModuleSource, SafetensorsSource, Source, read_json
+
+BUILT_IN = "gemma-3-270m"
+
+
+class Model:
+    """A model whose weights stay in their files until asked for.
+
+    ``weight`` and ``param`` give fresh float32 tensors, or views of the file where it holds float32: do not
+    write into them.
+    """
+
+    def __init__(self, name: str, family: Family, config: Any, source: Source,
+                 tokenizer: Callable[[], Any]) -> None:
+        shapes, tied = _expected(family, config)
+        self.name, self.config, self.source = name, config, source
+        self.map: ModelMap = map_model(family, shapes, config.num_hidden_layers, tied)
+        self._shapes, self._make_tokenizer, self._tokenizer = shapes, tokenizer, None
+        _check_names(name, source, shapes, family, tied)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, tokenizer: Any, name: str = "module") -> Model:
+        """A transformers causal language model that is already in memory."""
+        config = getattr(module, "config", None)
+        if config is None or not hasattr(config, "model_type"):
+            raise ModelError(f"{type(module).__name__}: not a transformers model (it has no config)")
+        _refuse_quantized(name, config.to_dict())
+        return cls(name, family_of(config.model_type), config, ModuleSource(module), lambda: tokenizer)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model holds, a tied head counted once."""
+        return self.map.parameters
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded at the first use and checked against the embedding."""
+        if self._tokenizer is None:
+            tokenizer = self._make_tokenizer()
+            rows = next(site.shape[0] for site in self.map.sites if site.role == "embed")
+            _check_tokenizer(self.name, tokenizer, rows)
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def weight(self, path: str) -> Tensor:
+        """The matrix of a site, [out, in], float32."""
+        site = self.map.by_path.get(path)
+        if site is None:
+            raise ModelError(f"{path}: no such weight{did_you_mean(path, list(self.map.by_path))}")
+        values = self.source.read(path).float()
+        return values.T if site.transposed else values
+
+    def rows(self, path: str, index: slice | Tensor) -> Tensor:
+        """Some rows of a site's matrix, float32; the others are not read (except under ``Conv1D``)."""
+        if self.map.by_path[path].transposed:
+            return self.weight(path)[index]
+        return self.source.rows(path, index).float()
+
+    def param(self, path: str) -> Tensor:
+        """A tensor that is no site (norm, bias, positions), float32."""
+        if path in self.map.by_path or path not in self._shapes:
+            raise ModelError(f"{path}: no such param{did_you_mean(path, [p.path for p in self.map.params])}")
+        return self.source.read(path).float()
+
+    def verify(self) -> None:
+        """Read every tensor once and refuse NaN and infinity by name; later reads do not look again."""
+        for path in (*self.map.by_path, *(p.path for p in self.map.params)):
+            self.source.rows(path, slice(0, 0))
+
+
+def skeleton(config: Any) -> Any:
+    """The transformers network of a config: parameters on the meta device, buffers real, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    # transformers' fused attention drops the soft cap of Gemma 2
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
+    for module in network.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, torch.empty_like(buffer, device="cpu"))
+            network._init_weights(module)  # transformers' own values: rotary frequencies, embedding scale
+    return network.eval().requires_grad_(False)
+
+
+def _expected(family: Family, config: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Names and shapes of the state dict that ``config`` describes, and whether the head is tied."""
+    network = skeleton(config)
+    tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    if tied:
+        shapes.pop(f"{family.head}.weight")
+    return shapes, tied
+
+
+def _check_names(name: str, source: Source, shapes: dict[str, tuple[int, ...]], family: Family,
+                 tied: bool) -> None:
+    """Every expected tensor is there, with the config's shape, stored as floats; nothing else is."""
+    found = set(source.names())
+    head, embed = f"{family.head}.weight", f"{family.embed}.weight"
+    if tied and head in found:
+        found.remove(head)
+        _check_tie(name, source, head, embed)
+    missing = [path for path in shapes if path not in found]
+    if missing:
+        raise ModelError(f"{name}: weight {missing[0]} is missing{_others(missing)}; the files are incomplete "
+                         "or belong to another config.json")
+    unexpected = sorted(found - set(shapes))
+    if unexpected:
+        raise ModelError(f"{name}: unexpected weight {unexpected[0]}{_others(unexpected)}; "
+                         "config.json disagrees with the weights, or this is another kind of model")
+    for path, shape in shapes.items():
+        if source.shape(path) != shape:
+            raise ModelError(f"{path}: the file holds shape {source.shape(path)}, config.json says {shape}; "
+                             "they belong to different models")
+
+
+def _others(paths: list[str]) -> str:
+    return f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+
+
+def _check_tie(name: str, source: Source, head: str, embed: str) -> None:
+    """A file that stores a tied head as well must store the same numbers."""
+    same = source.shape(head) == source.shape(embed)
+    step = 16384
+    for start in range(0, source.shape(head)[0] if same else 0, step):
+        part = slice(start, start + step)
+        same = same and torch.equal(source.rows(head, part), source.rows(embed, part))
+    if not same:
+        raise ModelError(f"{name}: config.json ties the head to the embedding, but {head} differs from {embed}; "
+                         "set tie_word_embeddings to false if that is meant")
+
+
+def _check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
+    """Every token that text can produce has a row, and the rows are not mostly unused."""
+    added = tokenizer.added_tokens_decoder
+    plain = max((index for index in tokenizer.get_vocab().values()
+                 if index not in added or not added[index].special), default=-1)
+    if plain >= rows or len(tokenizer) < rows / 2:
+        raise ModelError(f"{name}: wrong tokenizer: it has {len(tokenizer)} tokens, the embedding {rows} rows; "
+                         "take the tokenizer that came with the model")
+
+
+def _refuse_quantized(name: str, config: dict[str, Any]) -> None:
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown"
+        raise ModelError(f"{name}: already quantized ({method}); compress the float original instead, "
+                         "what rounding lost does not come back")
+
+
+def open_model(ref: str | Path, *, dequantize: bool = False) -> Model:
+    """Open a model by what the user typed.
+
+    ref: a folder with config.json and safetensors, a ``.gguf`` file, the built-in ``gemma-3-270m``, or a
+    Hugging Face id. dequantize: accept weights that are already quantized (with a warning).
+    """
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return _open_folder(path, path.resolve().name)
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise ModelError(f"{path}: pickled weights are refused, unpickling can run any code; "
+                         "pass a folder with safetensors or a .gguf file")
+    if path.is_file():
+        raise ModelError(f"{path}: not a model; pass a folder with config.json and safetensors, or a .gguf file")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(ref)):
+        return _open_folder(_download(str(ref)), str(ref))
+    raise ModelError(f"{ref}: no such folder or file, and not a Hugging Face id or built-in model"
+                     f"{did_you_mean(str(ref), [BUILT_IN])}")
+
+
+def _open_folder(folder: Path, name: str) -> Model:
+    raw = read_json(folder / "config.json")
+    _refuse_quantized(name, raw)
+    family = family_of(raw.get("model_type", ""))
+    config = _config(folder, name)
+    source = SafetensorsSource(folder, family.canonical)
+    return Model(name, family, config, source, lambda: _tokenizer(folder, name))
+
+
+def _config(folder: Path, name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its field validators raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name}: config.json is not a valid configuration ({first})") from None
+    text = config.get_text_config()
+    if text is not config:
+        warnings.warn(f"{name}: only the language part of this model is used", stacklevel=3)
+    return text
+
+
+def _tokenizer(folder: Path, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a dozen kinds, from missing files to Rust panics wrapped as Exception
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name}: the tokenizer in {folder} cannot be loaded ({first}); "
+                         "it needs tokenizer.json and tokenizer_config.json") from None
+
+
+def _download(ref: str) -> Path:
+    """The snapshot of a Hugging Face repository: configuration, tokenizer and safetensors, nothing else."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+              "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(ref, allow_patterns=wanted))
+    except Exception as error:  # network, authentication, no such repository, no space
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{ref}: no folder of that name here, and the Hugging Face hub did not give it ({first}); "
+                         "check the name and the network, or pass a local folder") from None
