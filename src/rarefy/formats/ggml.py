@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -115,6 +116,16 @@ class Codec:
 
     def pack(self, node: Node) -> UInt8[np.ndarray, "rows row_bytes"]:
         """The bytes of ``node``, row by row. Floats are rounded to the type; codes must be on ``grid``."""
+        packed = np.empty((prod(node.shape[:-1]), self.row_bytes(node.shape[-1])), np.uint8)
+        first = 0
+        for piece in self.stream(node):
+            packed[first:first + len(piece)] = piece
+            first += len(piece)
+        return packed
+
+    def stream(self, node: Node) -> Iterator[UInt8[np.ndarray, "rows row_bytes"]]:
+        """The bytes of ``node`` a few rows at a time, for writing without holding them all."""
+        self.row_bytes(node.shape[-1])
         match node:
             case Dense(values=values) if self.grid is None:
                 return _pack_floats(self, values)
@@ -151,16 +162,15 @@ def _same(one: Grid, other: Grid) -> bool:
 
 # ---- plain floats
 
-def _pack_floats(codec: Codec, values: Tensor) -> UInt8[np.ndarray, "rows row_bytes"]:
+def _pack_floats(codec: Codec, values: Tensor) -> Iterator[UInt8[np.ndarray, "rows row_bytes"]]:
     rows = values.reshape(-1, values.shape[-1])
-    stored = rows.detach().cpu().to(codec.dtype).contiguous()
-    step = _rows(rows.shape[1])
-    for part, source in zip(torch.split(stored, step), torch.split(rows, step), strict=True):
-        if not bool(torch.isfinite(part).all()):
+    for source in torch.split(rows, _rows(rows.shape[1])):
+        stored = source.detach().cpu().to(codec.dtype).contiguous()
+        if not bool(torch.isfinite(stored).all()):
             kind = "NaN or infinite values" if not bool(torch.isfinite(source).all()) else \
                 f"values beyond {torch.finfo(codec.dtype).max:g}"
             raise TargetError(f"{codec.name}: cannot store {kind}; store this weight as F32 or BF16")
-    return stored.view(torch.uint8).numpy()
+        yield stored.view(torch.uint8).numpy()
 
 
 # ---- codes
@@ -169,9 +179,8 @@ def _rows(columns: int) -> int:
     return max(1, CHUNK // columns)
 
 
-def _pack_codes(codec: Codec, node: Quantized) -> UInt8[np.ndarray, "rows row_bytes"]:
+def _pack_codes(codec: Codec, node: Quantized) -> Iterator[UInt8[np.ndarray, "rows row_bytes"]]:
     rows, columns = node.codes.shape
-    packed = np.empty((rows, codec.row_bytes(columns)), np.uint8)
     _check_plain(codec, node)
     table = _stored_of(codec, node.grid)
     step = _rows(columns)
@@ -189,8 +198,7 @@ def _pack_codes(codec: Codec, node: Quantized) -> UInt8[np.ndarray, "rows row_by
                 child = child.scale
             if isinstance(child, Dense):
                 fields[name] = _bytes_of(child.values[start:start + step]).reshape(blocks, -1)
-        packed[start:start + step] = _encode(codec.parts, fields).reshape(-1, packed.shape[1])
-    return packed
+        yield _encode(codec.parts, fields).reshape(len(codes), -1)
 
 
 def _check_plain(codec: Codec, node: Quantized) -> None:
