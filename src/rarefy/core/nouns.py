@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.core.errors import RecipeError
+from rarefy.numerics.grids import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,13 @@ class Evidence:
         if self.fisher is None:
             return self
         return replace(self, fisher=(matrix.square() * self.fisher[:, None]).sum(0))
+
+    def damage(self, delta: Float[Tensor, "out in_"]) -> float:
+        """Predicted KL in nats per token of changing the weight by ``delta`` (second order)."""
+        if self.fisher is None:
+            raise RecipeError("predicting damage needs evidence with a Fisher: run a survey first")
+        rows = ((delta @ self.gram) * delta).sum(1)
+        return 0.5 * float((rows * self.fisher).sum()) / max(self.tokens, 1)
 
     def error(self, delta: Float[Tensor, "out in_"]) -> float:
         """Mean squared output error per token of changing the weight by ``delta``."""
@@ -116,17 +124,23 @@ def _number(text: str, whole: str) -> float:
 
 @dataclass(frozen=True)
 class Target:
-    """What a runtime can load and what is fast there; it restricts the search before any work.
+    """What a runtime can load; it restricts the search before any work.
 
-    formats: names of the storage formats it loads, best-known first. fused: groups of roles that the
-    runtime fuses and that must share a format. exits: file suffix of the export.
+    formats: names of the storage formats it loads. suffix: of the exported file.
     """
 
     name: str
     formats: tuple[str, ...]
     suffix: str
-    fused: tuple[tuple[str, ...], ...] = ()
     description: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a target could store one site: a grid of codes or a floating dtype, and the exact bytes."""
+
+    stored: Grid | torch.dtype
+    bytes: int
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ class Runner:
         """How many blocks there are."""
         return len(self._layers)
 
+    @property
+    def embedding_scale(self) -> float:
+        """What a row of the embedding is multiplied by on the way in (Gemma: the root of the width)."""
+        one = functional_call(self._embed, {"weight": torch.ones(1, 1)}, (torch.zeros(1, dtype=torch.int64),))
+        return float(one)
+
     def stem(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Context]:
         """Tokens [batch, length] (mask: True where they are real) to the first block's input."""
         site = next(site for site in self.model.map.sites if site.role == "embed")
@@ -133,6 +139,23 @@ class Runner:
                 logits[..., slab] = normed @ self._rows(site.path, slab, override).T
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def pull_logits(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient at the final-normed states, [.., width], of a gradient at their ``logits``.
+
+        What autograd would compute, without keeping the head in float32 for its backward pass.
+        """
+        site = self.model.map.head
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        if cap is not None:
+            gradient = gradient * (1 - (logits / cap).square())
+        step = max(1, _SLAB // site.shape[1])
+        override = self._weight(site.path)
+        pull = gradient.new_zeros(*gradient.shape[:-1], site.shape[1])
+        for start in range(0, site.shape[0], step):
+            slab = slice(start, min(start + step, site.shape[0]))
+            pull += gradient[..., slab] @ self._rows(site.path, slab, override)
+        return pull
 
     def _override(self, path: str) -> Tensor | None:
         """What replaces ``path``, as the file orders it."""

@@ -20,6 +20,7 @@ Brain Compression", eq. 3.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,9 +30,10 @@ from torch import Tensor
 
 from rarefy.core.edit import Edited, Leaf
 from rarefy.core.nodes import Dense, Node, Quantized
+from rarefy.core.nouns import Choice, Option, Step
 from rarefy.numerics.grids import Grid, integer_grid
 from rarefy.numerics.linear import inverse_factor
-from rarefy.numerics.rounding import Fit, fit, inverse, join, level_of, nearest
+from rarefy.numerics.rounding import Fit, encode, fit, inverse, join, level_of, nearest
 
 CHUNK = 1 << 21  # weights swept at once; rows are independent, so this only bounds memory
 PANEL = 32       # columns between two lazy updates
@@ -76,6 +78,26 @@ class GPTQ:
             keep = None if leaf.keep is None else leaf.keep[part]
             fits.append(_sweep(leaf.target[part], keep, U, order, self.grid, codes[part]))
         return Edited(Quantized.of(codes, join(fits, axis=0)), "; ".join(notes))
+
+    @classmethod
+    def options(cls, leaf: Leaf, choices: Mapping[str, Choice]) -> Iterator[Option]:
+        """One option per grid, with the damage foreseen without running the sweep.
+
+        Column j ends with a rounding error of its own, independent of the others, of which the share
+        ``1 / U_jj^2`` reaches the output; so rounding the sample to nearest under these weights gives
+        the damage of the sweep.
+        """
+        assert leaf.evidence is not None and leaf.evidence.fisher is not None
+        U, _ = inverse_factor(leaf.evidence.gram / max(leaf.evidence.tokens, 1), cls.damping)
+        h = leaf.evidence.gram.diagonal() if U is None else U.diagonal().square().reciprocal()
+        for name, choice in choices.items():
+            if not isinstance(choice.stored, Grid):
+                continue
+            rounded = fit(leaf.target, h, choice.stored)
+            delta = Quantized.of(encode(leaf.target, rounded), rounded).dense() - leaf.target
+            damage = 0.5 * float(leaf.evidence.fisher @ (delta.square() @ h))
+            steps = (Step("gptq", leaf.site), Step("quantease", leaf.site))
+            yield Option(leaf.site, name, choice.bytes, damage, steps)
 
     def _order(self, energy: Float[Tensor, " in_"]) -> Int64[Tensor, " in_"]:
         """Blocks by falling mean energy, columns inside a block by falling energy."""
