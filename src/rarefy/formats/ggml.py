@@ -25,7 +25,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from rarefy.core.errors import ModelError, TargetError
-from rarefy.core.nodes import Dense, Node, Quantized
+from rarefy.core.nodes import Dense, Node, Quantized, steps_grid
 from rarefy.numerics.grids import Grid, Stored
 
 CHUNK = 1 << 18  # weights handled at once: small enough for a core's own cache, large enough for numpy
@@ -149,12 +149,6 @@ class Codec:
         return _unpack_codes(self, data, columns)
 
 
-def scale_grid(stored: Stored) -> Grid:
-    """The grid of the small integers that a scale or zero is stored as, in the 256-wide types."""
-    levels = tuple(float(stored.low + step) for step in range(1 << stored.bits))
-    return Grid(f"int{stored.bits}{stored.low:+d}", levels, stored.over, Stored(dtype=stored.dtype))
-
-
 def _same(one: Grid, other: Grid) -> bool:
     """Whether two grids agree in everything but the name."""
     return replace(one, name="") == replace(other, name="")
@@ -166,11 +160,17 @@ def _pack_floats(codec: Codec, values: Tensor) -> Iterator[UInt8[np.ndarray, "ro
     rows = values.reshape(-1, values.shape[-1])
     for source in torch.split(rows, _rows(rows.shape[1])):
         stored = source.detach().cpu().to(codec.dtype).contiguous()
-        if not bool(torch.isfinite(stored).all()):
-            kind = "NaN or infinite values" if not bool(torch.isfinite(source).all()) else \
-                f"values beyond {torch.finfo(codec.dtype).max:g}"
-            raise TargetError(f"{codec.name}: cannot store {kind}; store this weight as F32 or BF16")
+        if not _finite(stored):
+            if not _finite(source):
+                raise TargetError(f"{codec.name}: cannot store NaN or infinite values; the weight is broken")
+            raise TargetError(f"{codec.name}: cannot store values beyond {torch.finfo(codec.dtype).max:g}; "
+                              "store this weight as F32 or BF16")
         yield stored.view(torch.uint8).numpy()
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: then neither is the sum, unless it overflows."""
+    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
 # ---- codes
@@ -211,9 +211,9 @@ def _check_plain(codec: Codec, node: Quantized) -> None:
             continue
         shape, plain = (rows, columns // codec.grid.group), child
         if stored is not None and stored.bits and isinstance(child, Quantized):
-            if not _same(child.grid, scale_grid(stored)) or tuple(child.codes.shape) != shape:
+            if not _same(child.grid, steps_grid(stored)) or tuple(child.codes.shape) != shape:
                 raise TargetError(f"{codec.name}: the {name} is on the grid {child.grid.name!r} with "
-                                  f"shape {child.shape}; expected {scale_grid(stored).name!r}, {shape}")
+                                  f"shape {child.shape}; expected {steps_grid(stored).name!r}, {shape}")
             if child.codes.numel() and int(child.codes.max()) >= len(child.grid.levels):
                 raise TargetError(f"{codec.name}: a {name} has code {int(child.codes.max())}, beyond the "
                                   f"{len(child.grid.levels)} levels of {child.grid.name!r}")
@@ -224,7 +224,7 @@ def _check_plain(codec: Codec, node: Quantized) -> None:
                 or plain.shape != shape:
             raise TargetError(f"{codec.name}: the {name} is not stored as the grid says: expected "
                               f"{stored} over {shape}, got {_outline(child)}")
-        if not bool(torch.isfinite(plain.values.float()).all()):
+        if not _finite(plain.values.float()):
             raise TargetError(f"{codec.name}: a {name} is NaN or infinite; the weights or the "
                               "calibration behind it are broken")
 
@@ -290,7 +290,7 @@ def _number(fields: Fields, name: str, stored: Stored) -> Node:
     plain = Dense(torch.from_numpy(fields[name]).view(stored.dtype))
     if not stored.bits:
         return plain
-    return Quantized(torch.from_numpy(fields[f"{name}s"]), plain, None, scale_grid(stored))
+    return Quantized(torch.from_numpy(fields[f"{name}s"]), plain, None, steps_grid(stored))
 
 
 def _bytes_of(values: Tensor) -> np.ndarray:

@@ -207,7 +207,7 @@ def _place(cursor: _Cursor, infos: list[_Info], start: int, alignment: int,
             cursor.fail(f"the tensors {before!r} and {info.name!r} overlap")
         end, before = info.offset + info.bytes, info.name
         if start + end > cursor.size:
-            cursor.fail(f"{info.name} ends at byte {start + end} and the file at {cursor.size}: it is cut off")
+            cursor.fail(f"{info.name} ends at byte {start + end}, the file at {cursor.size}: it is cut off")
     return {info.name: GgufTensor(
         info.name, info.shape, info.type,
         np.asarray(mapped[start + info.offset:start + info.offset + info.bytes]).reshape(-1, info.row_bytes))
