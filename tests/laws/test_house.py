@@ -1,4 +1,4 @@
-"""The house rules that a linter cannot read: lean start, floors, short functions, no drawers for odds and ends.
+"""House rules that no linter reads: lean start, floors, short functions, no drawers for odds and ends.
 
 A function may be long when one loop is the algorithm; it then says so on its ``def`` line, ``# long: why``.
 """

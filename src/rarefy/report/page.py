@@ -1,0 +1,229 @@
+"""One self-contained HTML page from a receipt: no script, no network, light and dark, printable.
+
+``render`` reads the receipt as ``run`` writes it, and shows only what stands in it: a number that is
+absent is left out or called unmeasured, never guessed. Everything from outside (names, completions,
+warnings) goes through Jinja's autoescape, and the page forbids scripts to itself besides.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rarefy.report import words
+from rarefy.report.mosaic import mosaic
+from rarefy.report.ruler import Reading, ruler
+from rarefy.report.verdict import file_bytes, final, verdict
+
+TEMPLATES = Path(__file__).parent / "templates"
+LISTED = 600  # sites in the table of the page; the receipt has them all
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar: share of the longest one in percent."""
+
+    name: str
+    value: str
+    share: float
+    kind: str = "now"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment of the bar that says where the bytes are."""
+
+    name: str
+    style: str
+    bytes: float
+    share: float
+
+
+def render(receipt: dict[str, Any]) -> str:
+    """The report of one compression as HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True, finalize=printable)
+    for shown in (words.size, words.nats, words.percent, words.times, words.three, words.moment, words.count):
+        environment.filters[shown.__name__] = shown
+    return environment.get_template("report.html").render(view(receipt))
+
+
+def view(receipt: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the template prints, computed from the receipt."""
+    plan, model = receipt.get("plan") or [], receipt.get("model") or {}
+    tied, weight = bool(model.get("tied")), file_bytes(receipt)
+    measured = receipt.get("measured") or {}
+    return {
+        "receipt": receipt, "model": model, "verdict": verdict(receipt), "file_bytes": weight,
+        "final": final(receipt), "map": mosaic(plan, weight, tied) if plan else None,
+        "readings": _readings(receipt),
+        "ruler": ruler(_readings(receipt), (receipt.get("budget") or {}).get("max_kl")),
+        "table": _summaries(measured), "runtime": measured.get("runtime"),
+        "weighed": _weighed(plan, model, weight), "roles": _roles(plan, tied),
+        "speed": _speed(receipt.get("speed") or {}), "memory": receipt.get("memory") or {},
+        "completions": [_pair(c) for c in receipt.get("completions") or ()],
+        "warnings": [*(receipt.get("warnings") or ()), *_notes(receipt)],
+        "sites": _sites(plan, receipt.get("sites") or []), "unlisted": max(len(plan) - LISTED, 0),
+        "seconds": _seconds(receipt.get("seconds") or {}), "bands": _band_list(),
+        "bits_per_weight": 8 * weight / model["weights"] if model.get("weights") else None,
+    }
+
+
+def printable(value: object) -> object:
+    """Text without control characters, which HTML does not allow; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", value)
+
+
+def _readings(receipt: dict[str, Any]) -> list[Reading]:
+    """Rows of the drawing, prediction first."""
+    measured, rows = receipt.get("measured") or {}, []
+    predicted = _number(receipt.get("predicted_kl"))
+    if predicted is not None:
+        rows.append(Reading("predicted by the planner", predicted, measured=False))
+    runtime = measured.get("runtime")
+    for name, key in (("measured in PyTorch", "float"), ("on a second kind of text", "second_domain"),
+                      (f"measured in {runtime['name']}" if runtime else "", "runtime")):
+        summary = measured.get(key) or {}
+        mean = _number(summary.get("kl_mean"))
+        if mean is not None:
+            rows.append(Reading(name, mean, _number(summary.get("kl_stderr")),
+                                _number(summary.get("kl_median")), _number(summary.get("kl_p999"))))
+    return rows
+
+
+def _summaries(measured: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Columns of the table of measurements."""
+    runtime = measured.get("runtime")
+    names = (("PyTorch", "float"), ("second text, PyTorch", "second_domain"),
+             (f"{runtime['name']} {runtime.get('version') or ''}" if runtime else "", "runtime"))
+    return [(name.strip(), {**s, "tokens": s.get("tokens") or s.get("positions")})
+            for name, key in names if (s := measured.get(key))]
+
+
+def _weighed(plan: list[dict[str, Any]], model: dict[str, Any], weight: int) -> dict[str, list[Part]]:
+    """Two bars to one scale: the original file and the new one, by what the bytes are for.
+
+    The original is assumed to spend the same bytes on every weight; its rest is what is left.
+    """
+    original = model.get("original_bytes") or 0
+    now: dict[str, float] = defaultdict(float)
+    weights: dict[str, float] = defaultdict(float)
+    for row in plan:
+        now[_purpose(row["role"])] += row["bytes"]
+        weights[_purpose(row["role"])] += math.prod(row.get("shape") or (0,))
+    rest = max(weight - sum(now.values()), 0)
+    each = max(original - rest, 0) / max(sum(weights.values()), 1)
+    longest = max(original, weight, 1)
+
+    def parts(amounts: dict[str, float]) -> list[Part]:
+        rows = [(name, style, amounts.get(style, 0.0)) for name, style in PURPOSES]
+        return [Part(name, style, value, 100 * value / longest) for name, style, value in rows if value]
+
+    before = {**{kind: value * each for kind, value in weights.items()}, "rest": rest}
+    return {"before": parts(before) if original else [], "after": parts({**now, "rest": rest})}
+
+
+PURPOSES = (("token embedding and head", "embedding"), ("attention", "attention"),
+            ("feed-forward", "feedforward"), ("other layers", "other"), ("tokenizer, norms, header", "rest"))
+
+
+def _purpose(role: str) -> str:
+    if role in ("embed", "head"):
+        return "embedding"
+    if role in words.ATTENTION:
+        return "attention"
+    return "feedforward" if role in words.FEED_FORWARD else "other"
+
+
+def _roles(plan: list[dict[str, Any]], tied: bool) -> list[dict[str, Any]]:
+    """One row per role: weights, bytes, bits per weight, formats with their counts, predicted damage."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in plan:
+        groups[row["role"]].append(row)
+    rows = []
+    for name, members in groups.items():
+        kinds: dict[str, int] = defaultdict(int)
+        for row in members:
+            kinds[row["format"]] += 1
+        weights = sum(math.prod(row.get("shape") or (0,)) for row in members)
+        total = sum(row["bytes"] for row in members)
+        damages = [d for row in members if (d := _number(row.get("damage"))) is not None]
+        often = [f"{n}\u00a0{kind}" if len(members) > 1 else kind
+                 for kind, n in sorted(kinds.items(), key=lambda item: -item[1])]
+        rows.append({"role": name, "name": words.role(name, tied), "tensors": len(members),
+                     "weights": weights, "bytes": total, "bits": 8 * total / weights if weights else None,
+                     "formats": ", ".join(often), "damage": sum(damages) if damages else None})
+    return sorted(rows, key=lambda row: (-1 if row["role"] in ("embed", "head") else words.rank(row["role"])))
+
+
+def _speed(speed: dict[str, Any]) -> list[tuple[str, str, list[Bar], float | None]]:
+    """Prefill and decode, original and compressed, as pairs of bars."""
+    shown = []
+    for title, key in (("Writing (decode)", "decode"), ("Reading (prefill)", "prefill")):
+        values = [(name, kind, _number((speed.get(name) or {}).get(key)))
+                  for name, kind in (("original", "before"), ("compressed", "now"))]
+        known = [v for _, _, v in values if v]
+        if known:
+            bars = [Bar(name, f"{words.three(v)} tokens/s", 100 * v / max(known), kind)
+                    for name, kind, v in values if v]
+            shown.append((title, key, bars, _number(speed.get(f"ratio_{key}"))))
+    return shown
+
+
+def _pair(completion: dict[str, str]) -> dict[str, Any]:
+    """A completion of both models, split where they part."""
+    original, now = completion.get("original") or "", completion.get("compressed") or ""
+    shared = next((i for i, (a, b) in enumerate(zip(original, now, strict=False)) if a != b),
+                  min(len(original), len(now)))
+    if shared < max(len(original), len(now)):  # part between words, not inside one
+        shared = max(original.rfind(" ", 0, shared + 1), original.rfind("\n", 0, shared + 1), 0)
+    return {"prompt": completion.get("prompt") or "", "original": original[shared:], "now": now[shared:],
+            "shared": original[:shared].lstrip("\n").removeprefix(" ")}
+
+
+def _notes(receipt: dict[str, Any]) -> list[str]:
+    """Fallbacks that steps noted, the same ones together."""
+    sites: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for step in receipt.get("sites") or ():
+        if step.get("note"):
+            sites[step["technique"], step["note"]].append(step["site"])
+    return [f"{technique}, {len(names)} tensor{'s' if len(names) > 1 else ''}: {note} "
+            f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for (technique, note), names in sites.items()]
+
+
+def _sites(plan: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the long table: the plan and the last receipt of each site."""
+    last = {step["site"]: step for step in steps}
+    rows = []
+    for row in plan[:LISTED]:
+        step = last.get(row["site"], {})
+        rows.append({**row, "damage": _number(row.get("damage")), "error": _number(step.get("error")),
+                     "technique": step.get("technique", ""), "note": step.get("note", ""),
+                     "shape": " × ".join(str(n) for n in row.get("shape") or ())})
+    return rows
+
+
+def _seconds(seconds: dict[str, float]) -> list[Bar]:
+    longest = max(seconds.values(), default=0) or 1
+    return [Bar(name, words.duration(value), 100 * value / longest) for name, value in seconds.items()]
+
+
+def _band_list() -> list[tuple[str, str]]:
+    """``below 0.005`` and what it is called."""
+    finite = [limit for limit, _, _ in words.BANDS if math.isfinite(limit)]
+    labels = [f"below {limit:g}" for limit in finite] + [f"{finite[-1]:g} and above"]
+    return [(label, name) for label, (_, name, _) in zip(labels, words.BANDS, strict=True)]
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
