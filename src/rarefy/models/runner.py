@@ -76,9 +76,9 @@ class Runner:
         site = next(site for site in self.model.map.sites if site.role == "embed")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= site.shape[0]:
-            raise ModelError(f"{self.model.name}: token {low if low < 0 else high} has no row in the embedding "
-                             f"({site.shape[0]} rows); these tokens come from another tokenizer")
-        used, compact = tokens.unique(return_inverse=True)
+            raise ModelError(f"{self.model.name}: token {low if low < 0 else high} has no row in the embedding, "
+                             f"which has {site.shape[0]}; these tokens come from another tokenizer")
+        used, compact = torch.unique(tokens, return_inverse=True)
         embedded = functional_call(self._embed, {"weight": self._rows(site.path, used)}, (compact,))
         prefix = self.model.map.family.body + "."
         own = {name: self._tensor(prefix + name) for name, _ in self._body.named_parameters()}
@@ -117,13 +117,15 @@ class Runner:
         args, kwargs = context.calls[index]
         with self._observed(index, observe):
             out = functional_call(self._layers[index], dict(tensors), (hidden, *args), kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm."""
         prefix = self.model.map.family.norm + "."
         own = {name: self._tensor(prefix + name) for name, _ in self._norm.named_parameters()}
-        return functional_call(self._norm, own, (hidden,))
+        normed: Tensor = functional_call(self._norm, own, (hidden,))
+        return normed
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits over the vocabulary, [.., vocabulary] float32, from final-normed hidden states."""
@@ -190,11 +192,12 @@ class Runner:
         """Temporary hooks on the matrices of a block; none is left behind."""
         hooks = []
         try:
-            for site in self.model.map.in_block(index) if observe is not None else ():
-                inside = self.model.map.family.inside(site.path)
-                assert inside is not None
-                module = self._layers[index].get_submodule(inside[1].removesuffix(".weight"))
-                hooks.append(module.register_forward_hook(_hook(observe, site.path)))
+            if observe is not None:
+                prefix = f"{self.model.map.family.blocks}.{index}."
+                for site in self.model.map.in_block(index):
+                    name = site.path.removeprefix(prefix).removesuffix(".weight")
+                    module = self._layers[index].get_submodule(name)
+                    hooks.append(module.register_forward_hook(_hook(observe, site.path)))
             yield
         finally:
             for hook in hooks:

@@ -9,7 +9,8 @@ where the index says, and no NaN or infinity (checked once per tensor, at the fi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core.errors import ModelError
+from rarefy.core.nodes import Dense, Node, Quantized
+from rarefy.formats.gguf import GgufFile
+from rarefy.models.families import Family
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CHUNK = 1 << 24  # numbers looked at together when searching for NaN
 
 
@@ -53,21 +56,31 @@ class Source:
         return self.rows(name, slice(None))
 
     def rows(self, name: str, index: slice | Tensor) -> Tensor:
-        """Some rows of a tensor, without reading the others (after the first visit)."""
-        if name not in self._sound:
+        """Some rows of a tensor; after the first visit, which looks at all, the others are not read."""
+        if name in self._sound:
+            return self._rows(name, index)
+        if index == slice(None):
+            values = self._rows(name, index)
+            _refuse_infinite(name, values)
+        else:
             self._check(name)
-            self._sound.add(name)
-        return self._rows(name, index)
+            values = self._rows(name, index)
+        self._sound.add(name)
+        return values
 
     def _check(self, name: str) -> None:
+        """Look at a whole tensor, a part at a time."""
         shape = self.shape(name)
         step = max(1, _CHUNK // max(1, torch.Size(shape[1:]).numel()))
         for start in range(0, shape[0] if shape else 1, step):
-            part = self._rows(name, slice(start, start + step))
-            # one pass, no temporary: NaN and infinity both survive a minimum or a maximum
-            if part.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(part)):
-                kind = "NaN" if bool(torch.isnan(part).any()) else "an infinite value"
-                raise ModelError(f"{name}: holds {kind}; the checkpoint is damaged, download or save it again")
+            _refuse_infinite(name, self._rows(name, slice(start, start + step)))
+
+
+def _refuse_infinite(name: str, values: Tensor) -> None:
+    # one pass, no temporary: NaN and infinity both survive a minimum or a maximum
+    if values.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values.detach())):
+        kind = "NaN" if bool(torch.isnan(values).any()) else "an infinite value"
+        raise ModelError(f"{name}: holds {kind}; the checkpoint is damaged, download or save it again")
 
 
 class SafetensorsSource(Source):
@@ -80,13 +93,17 @@ class SafetensorsSource(Source):
         self._stored: dict[str, str] = {}
         for path in self._files:
             handle = _open_safetensors(path)
-            for stored in handle.keys():
+            for stored in handle.keys():  # noqa: SIM118  it is no dict
                 name = canonical(stored)
                 if name is None:
                     continue
                 if name in self._handles:
                     raise ModelError(f"{path}: tensor {stored!r} is stored twice; delete the stale copy")
                 self._handles[name], self._stored[name] = handle, stored
+        for name in self._handles:
+            if self.dtype(name) not in _SAFETENSORS_DTYPES.values():
+                raise ModelError(f"{name}: stored as {self.dtype(name)}, not as floats: already quantized? "
+                                 "Start from the float original")
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._handles)
@@ -96,17 +113,102 @@ class SafetensorsSource(Source):
 
     def dtype(self, name: str) -> str:
         stored = self._handles[name].get_slice(self._stored[name]).get_dtype()
-        return _SAFETENSORS_DTYPES.get(stored, stored)
+        return _SAFETENSORS_DTYPES.get(stored, str(stored))
 
     def files(self) -> tuple[Path, ...]:
         return self._files
 
     def _rows(self, name: str, index: slice | Tensor) -> Tensor:
-        whole = self._handles[name].get_tensor(self._stored[name])  # a view of the mapped file
+        whole: Tensor = self._handles[name].get_tensor(self._stored[name])  # a view of the mapped file
         return whole[index] if whole.ndim else whole
 
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+class GgufSource(Source):
+    """A GGUF file, under the names, in the row order and with the norms of transformers.
+
+    Values come as float32. The codes of quantized tensors outside the blocks (embedding, head), which are
+    looked up again and again, are unpacked once and kept, one byte a weight.
+    """
+
+    def __init__(self, file: GgufFile, family: Family, config: Any) -> None:
+        super().__init__()
+        self.file, self._family, self._config = file, family, config
+        self._places: dict[str, str] = {}
+        self._kept: dict[str, Node] = {}
+        for name in file.tensors:
+            path = family.path_of(name)
+            if path is not None:
+                self._places[path] = name
+            elif name not in ROPE_TENSORS:
+                raise ModelError(f"{file.path.name}: tensor {name!r} is not part of the {family.name} family; "
+                                 "this variant of the architecture is not supported")
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.file.tensors[self._places[name]].shape
+        return shape[::-1] if self._flipped(name) else shape
+
+    def dtype(self, name: str) -> str:
+        kind = self.file.tensors[self._places[name]].type
+        return _GGUF_DTYPES.get(kind, kind)
+
+    def files(self) -> tuple[Path, ...]:
+        return (self.file.path,)
+
+    def _flipped(self, name: str) -> bool:
+        return self._family.transposed and self._family.matrix(name) is not None
+
+    def _rows(self, name: str, index: slice | Tensor) -> Tensor:
+        tensor = self.file.tensors[self._places[name]]
+        if len(tensor.shape) == 1:
+            values = tensor.node().dense().view(-1)
+            order = self._family.row_order(name, self._config)
+            if order is not None:
+                values = values[torch.tensor(order).argsort()]
+            return (values - self._family.norm_offset if self._family.is_norm(name) else values)[index]
+        if self._flipped(name):
+            return tensor.node().dense().T[index]
+        if name in self._kept:
+            rows = torch.arange(tensor.shape[0])[index] if isinstance(index, slice) else index
+            return self._kept[name].select(0, rows).dense()
+        return self._decode(name, index).dense()
+
+    def _decode(self, name: str, index: slice | Tensor) -> Node:
+        """The node of some rows of a matrix, in the order of transformers."""
+        tensor = self.file.tensors[self._places[name]]
+        order = self._family.row_order(name, self._config)
+        if order is not None:
+            index = torch.tensor(order).argsort()[index]
+        data = tensor.data[index if isinstance(index, slice) else index.numpy()]
+        return replace(tensor, data=data, shape=(data.shape[0], tensor.shape[1])).node()
+
+    def _check(self, name: str) -> None:
+        if self.dtype(name) in _GGUF_DTYPES.values() or self._family.inside(name) is not None:
+            super()._check(name)
+            return
+        self._kept[name] = self._decode(name, slice(None))
+        for plain in _plain_numbers(self._kept[name]):
+            _refuse_infinite(name, plain)
+
+
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_GGUF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def _plain_numbers(node: Node) -> list[Tensor]:
+    """The floats at the leaves of a node: if they are finite, so is what it stands for (codes are)."""
+    match node:
+        case Dense(values=values):
+            return [values.float()]
+        case Quantized(scale=scale, zero=zero):
+            return _plain_numbers(scale) + ([] if zero is None else _plain_numbers(zero))
+        case _:
+            return [node.dense()]
 
 
 class ModuleSource(Source):
@@ -129,7 +231,7 @@ class ModuleSource(Source):
         return ()
 
     def _rows(self, name: str, index: slice | Tensor) -> Tensor:
-        whole = self._tensors[name].detach().cpu()
+        whole: Tensor = self._tensors[name].detach().cpu()
         return whole[index] if whole.ndim else whole
 
 
@@ -138,9 +240,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path}: missing; a model folder holds config.json, *.safetensors and a tokenizer") from None
+        raise ModelError(f"{path}: missing; a model folder holds config.json, *.safetensors and a "
+                         "tokenizer") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({_first_line(error)}); download it again") from None
+        raise ModelError(f"{path}: not readable as JSON ({_first_line(error)}); download it again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -169,8 +272,8 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
         raise ModelError(f"{index}: has no usable weight_map; download it again")
     for shard in dict.fromkeys(places.values()):
         if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index}: shard {shard!r} is not a plain .safetensors file name inside the folder; "
-                             "the index is unsafe, do not use this model")
+            raise ModelError(f"{index}: shard {shard!r} is not a plain .safetensors file name inside the "
+                             "folder; the index is unsafe, do not use this model")
         if not (folder / shard).is_file():
             raise ModelError(f"{folder / shard}: missing shard, named by {index.name}; download it again")
     shards = tuple(folder / shard for shard in sorted(set(places.values())))
@@ -180,7 +283,8 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
         if held != said:
             name = sorted(held ^ said)[0]
             fault = "is in the shard but not in" if name in held else "is missing from the shard, against"
-            raise ModelError(f"{path}: tensor {name!r} {fault} {index.name}; the files belong to different saves")
+            raise ModelError(f"{path}: tensor {name!r} {fault} {index.name}; the files belong to different "
+                             "saves")
     return shards
 
 
@@ -190,15 +294,10 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: not a complete safetensors file ({_first_line(error)}); download it again") from None
+        raise ModelError(f"{path}: not a complete safetensors file ({_first_line(error)}); download it "
+                         "again") from None
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
-
-def finite_parts(source: Source) -> Iterator[str]:
-    """Every tensor's name, after it was read once and found free of NaN and infinity."""
-    for name in source.names():
-        source.rows(name, slice(0, 0))
-        yield name

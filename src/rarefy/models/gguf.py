@@ -1,0 +1,295 @@
+"""A GGUF file as a model of transformers: its configuration and its tokenizer from the metadata.
+
+GGUF keys say what llama.cpp computes, and only that is believed: what llama.cpp knows by heart (the
+pattern of Gemma's sliding windows, SmolLM3's layers without rotation) is known by heart here, and what
+has no exact counterpart in transformers is refused rather than approximated. Sources: llama.cpp's model
+loaders and its conversion script, read for facts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from math import pi
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from rarefy.core.errors import ModelError
+from rarefy.formats.gguf import GgufFile
+from rarefy.models.families import Family
+from rarefy.models.sources import ROPE_TENSORS
+
+FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+
+
+class _Keys:
+    """Typed access to the metadata of one architecture; what is wrong or missing is named."""
+
+    def __init__(self, file: GgufFile, architecture: str) -> None:
+        self.file, self.prefix = file, architecture + "."
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+            self.fail(key, value, "one positive integer")
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            self.fail(key, value, "one number")
+        return float(value)
+
+    def optional(self, key: str) -> Any:
+        """The value as it is, or None."""
+        return self.file.metadata.get(self.prefix + key)
+
+    def _get(self, key: str, default: float | None) -> Any:
+        value = self.optional(key)
+        if value is None and default is None:
+            raise ModelError(f"{self.file.path.name}: metadata key {self.prefix + key} is missing; "
+                             "convert the model again with a current llama.cpp")
+        return default if value is None else value
+
+    def fail(self, key: str, value: Any, expected: str) -> NoReturn:
+        """Say what a key holds and what it should."""
+        shown = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+        raise ModelError(f"{self.file.path.name}: metadata key {self.prefix + key} is {shown}; "
+                         f"supported is {expected}")
+
+
+def gguf_config(file: GgufFile, family: Family) -> Any:
+    """The transformers configuration that describes the network in ``file``."""
+    from transformers import AutoConfig
+
+    keys = _Keys(file, family.gguf)
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if keys.integer("block_count") != len(blocks):
+        raise ModelError(f"{file.path.name}: metadata promises {keys.integer('block_count')} blocks, the "
+                         f"file holds {len(blocks)}; it is incomplete")
+    fields = _gpt2(keys) if family.name == "gpt2" else _rotary(keys, family)
+    for field, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+        fields[field] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    try:
+        return AutoConfig.for_model(family.model_types[0], **fields)
+    except Exception as error:  # noqa: BLE001  transformers raises whatever its field validators raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{file.path.name}: the metadata is no valid configuration ({first})") from None
+
+
+def _sizes(keys: _Keys) -> dict[str, Any]:
+    """What every architecture states."""
+    embedding = keys.file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelError(f"{keys.file.path.name}: holds no token_embd.weight, so it is not a language model; "
+                         "pass the file with the model's weights")
+    return {"vocab_size": embedding.shape[0], "tie_word_embeddings": _tied(keys.file),
+            "hidden_size": keys.integer("embedding_length"), "num_hidden_layers": keys.integer("block_count"),
+            "num_attention_heads": keys.integer("attention.head_count")}
+
+
+def _tied(file: GgufFile) -> bool:
+    """No head, or one that is the embedding byte for byte."""
+    head, embedding = file.tensors.get("output.weight"), file.tensors["token_embd.weight"]
+    if head is None:
+        return True
+    same = head.type == embedding.type and head.shape == embedding.shape
+    step = max(1, (1 << 24) // head.data.shape[1])
+    return same and all(bool((head.data[i:i + step] == embedding.data[i:i + step]).all())
+                        for i in range(0, len(head.data), step))
+
+
+def _gpt2(keys: _Keys) -> dict[str, Any]:
+    return _sizes(keys) | {
+        "max_position_embeddings": keys.integer("context_length"),
+        "n_inner": keys.integer("feed_forward_length"),
+        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon")}
+
+
+def _rotary(keys: _Keys, family: Family) -> dict[str, Any]:
+    """The families with rotary positions and RMS norms."""
+    fields = _sizes(keys)
+    heads = fields["num_attention_heads"]
+    width = keys.integer("attention.key_length", fields["hidden_size"] // heads)
+    if keys.integer("attention.value_length", width) != width:
+        keys.fail("attention.value_length", keys.optional("attention.value_length"), f"{width}, as for keys")
+    fields |= {
+        "head_dim": width, "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(keys, width, partly=family.name == "phi3")}
+    match family.name:
+        case "llama":
+            fields |= {"attention_bias": "blk.0.attn_q.bias" in keys.file.tensors,
+                       "mlp_bias": "blk.0.ffn_gate.bias" in keys.file.tensors}
+        case "qwen3" | "smollm3":
+            fields["attention_bias"] = "blk.0.attn_q.bias" in keys.file.tensors
+        case "phi3":
+            # llama.cpp ignores the window of Phi-3 files, so they mean full attention
+            fields |= {"sliding_window": None, **_longrope(keys, fields)}
+        case "gemma2" | "gemma3":
+            fields |= _gemma(keys, fields, family)
+    if family.name in ("qwen2", "phi3"):  # these always derive the width of a head
+        if width * heads != fields["hidden_size"]:
+            keys.fail("attention.key_length", width, f"{fields['hidden_size'] // heads} here")
+        del fields["head_dim"]
+    return fields
+
+
+def _rope(keys: _Keys, width: int, partly: bool) -> dict[str, Any]:
+    """Rotary frequencies: plain, linearly scaled, or Llama 3's, which the file gives as a tensor."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
+    turned = keys.integer("rope.dimension_count", width)
+    if turned != width:
+        if not partly:
+            keys.fail("rope.dimension_count", turned, f"{width}, the width of a head")
+        rope["partial_rotary_factor"] = turned / width
+    kind = keys.optional("rope.scaling.type")
+    factors = keys.file.tensors.get("rope_freqs.weight")
+    if factors is not None:
+        return rope | _llama3(keys, factors.node().dense().view(-1), rope["rope_theta"])
+    if kind in (None, "none", "longrope"):
+        return rope
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
+    keys.fail("rope.scaling.type", kind, "none, linear or longrope; start from the Hugging Face folder")
+
+
+def _llama3(keys: _Keys, found: torch.Tensor, theta: float) -> dict[str, Any]:
+    """Llama 3's frequency scaling, recognised by the tensor of divisors that the file holds.
+
+    With wavelength l of a frequency: 1 below 8192/4, ``factor`` above 8192, and between them
+    1 / ((1 - s)/factor + s) with s = (8192/l - 1)/3.
+    """
+    factor, context = round(float(found.max()), 4), 8192
+    steps = torch.arange(len(found), dtype=torch.float32) / len(found)
+    turns = context / (2 * pi * theta ** steps)
+    smooth = ((turns - 1) / 3).clamp(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if not torch.allclose(found, expected, rtol=1e-4):
+        raise ModelError(f"{keys.file.path.name}: rope_freqs.weight is not Llama 3's scaling of a context of "
+                         "8192; start from the Hugging Face folder")
+    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": context}
+
+
+def _longrope(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
+    """Phi-3's two sets of divisors, for contexts up to the original length and beyond it."""
+    long, short = (keys.file.tensors.get(f"rope_factors_{which}.weight") for which in ("long", "short"))
+    original = keys.integer("rope.scaling.original_context_length", fields["max_position_embeddings"])
+    if long is None or short is None:
+        return {"original_max_position_embeddings": original}
+    rope = fields["rope_parameters"] | {
+        "rope_type": "longrope", "long_factor": long.node().dense().view(-1).tolist(),
+        "short_factor": short.node().dense().view(-1).tolist(),
+        "original_max_position_embeddings": original,
+        "attention_factor": keys.number("rope.scaling.attn_factor", 1.0)}
+    return {"original_max_position_embeddings": original, "rope_parameters": rope}
+
+
+def _gemma(keys: _Keys, fields: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Gemma's sliding windows, soft caps and attention scale (27B scales by another width)."""
+    every, largest = (2, 46) if family.name == "gemma2" else (6, 62)
+    blocks, window = fields["num_hidden_layers"], keys.optional("attention.sliding_window")
+    pattern = keys.optional("attention.sliding_window_pattern")
+    if isinstance(pattern, list) and len(pattern) == blocks:
+        sliding = [bool(flag) for flag in pattern]
+    else:
+        every = keys.integer("attention.sliding_window_pattern", every)
+        sliding = [(index + 1) % every != 0 for index in range(blocks)]
+    if family.name == "gemma3" and not window:
+        sliding = [False] * blocks
+    share = fields["hidden_size"] // fields["num_attention_heads"]
+    found = {"layer_types": ["sliding_attention" if flag else "full_attention" for flag in sliding],
+             "sliding_window": keys.integer("attention.sliding_window", 4096),
+             "query_pre_attn_scalar": share if blocks == largest else fields["head_dim"]}
+    if family.name == "gemma2":
+        return found | {"attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
+                        "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0)}
+    found["final_logit_softcapping"] = keys.number("final_logit_softcapping", 0.0) or None
+    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
+    both = {"full_attention": fields["rope_parameters"], "sliding_attention": local}
+    return found | {"rope_parameters": both}
+
+
+def quantized_tensors(file: GgufFile) -> str:
+    """What the quantized tensors of ``file`` are, in words; empty when all are floats."""
+    counts: dict[str, int] = {}
+    for name, tensor in file.tensors.items():
+        if tensor.type not in FLOAT_TYPES and name not in ROPE_TENSORS:
+            counts[tensor.type] = counts.get(tensor.type, 0) + 1
+    return ", ".join(f"{count} tensors in {kind}" for kind, count in sorted(counts.items()))
+
+
+# ---- the tokenizer
+
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+_LLAMA3 = rf"{_ENDING}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_ENDING}|{_LETTERS}|\p{{N}}|{_REST}"
+_TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+           rf"|\p{{N}}|{_REST_SLASH}")
+_GPT4O = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}?"
+          rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}?|\p{{N}}{{1,3}}|{_REST_SLASH}")
+
+# How byte-level vocabularies cut text into words, by ``tokenizer.ggml.pre``: a pattern, or GPT-2's with
+# or without single digits. A wrong cut tokenises wrongly in silence, so an unknown name is an error.
+SPLITS = {"gpt-2": "gpt2", "smollm": "digits", "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3,
+          "smaug-bpe": _LLAMA3, "dbrx": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2,
+          "tekken": _TEKKEN, "gpt-4o": _GPT4O}
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that is a token needs no merges
+
+
+def gguf_tokenizer(file: GgufFile) -> Any:
+    """The tokenizer that the metadata of ``file`` describes, built by transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind not in ("llama", "gpt2"):
+        raise ModelError(f"{file.path.name}: tokenizer.ggml.model is {kind!r}; supported are 'llama' and "
+                         "'gpt2'")
+    if kind == "gpt2" and pre not in SPLITS:
+        raise ModelError(f"{file.path.name}: tokenizer.ggml.pre is {pre!r}, so it is unknown how text is cut "
+                         f"into words (known: {', '.join(SPLITS)}); start from the Hugging Face folder")
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Path(folder) / "model.gguf"  # a tokenizer.json beside the file would win over the file
+        try:
+            os.symlink(file.path.resolve(), alone)
+        except OSError:
+            shutil.copyfile(file.path, alone)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=alone.name)
+        except Exception as error:  # noqa: BLE001  whatever the builders of transformers trip over
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{file.path.name}: the metadata makes no tokenizer ({first}); start from the "
+                             "Hugging Face folder") from None
+    if kind == "gpt2":
+        _split_like(tokenizer, str(pre))
+    return tokenizer
+
+
+def _split_like(tokenizer: Any, pre: str) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    match SPLITS[pre]:
+        case "gpt2":
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        case "digits":
+            backend.pre_tokenizer = pre_tokenizers.Sequence([
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        case pattern:
+            backend.pre_tokenizer = pre_tokenizers.Sequence([
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.model.ignore_merges = pre in _WHOLE_WORDS
