@@ -181,11 +181,12 @@ class Session:
         for text, wanted in zip(texts, expected, strict=True):
             found = self.tokenize(text)
             if found != list(wanted):
-                k = next((k for k, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]),
+                pairs = zip(found, wanted, strict=False)
+                k = next((k for k, (ours, theirs) in enumerate(pairs) if ours != theirs),
                          min(len(found), len(wanted)))
-                raise TargetError(f"{self.path}: llama.cpp cuts {text[:40]!r} into other tokens than the model's own "
-                                  f"tokenizer: {found[k:k + 4]} against {list(wanted[k:k + 4])} at token {k}; "
-                                  "start from a GGUF of this model, whose tokenizer is copied")
+                raise TargetError(f"{self.path}: llama.cpp cuts {text[:40]!r} into other tokens than the "
+                                  f"model's own tokenizer: {found[k:k + 4]} against {list(wanted[k:k + 4])} "
+                                  f"at token {k}; start from a GGUF of this model, its tokenizer is copied")
 
     def stream(self, prompt: str, most: int, *, special: bool = False) -> Iterator[str]:
         """The greedy continuation of ``prompt``, piece by piece, until its end or ``most`` tokens."""
