@@ -154,11 +154,11 @@ def _rope(keys: _Keys, width: int, partly: bool) -> dict[str, Any]:
     factors = keys.file.tensors.get("rope_freqs.weight")
     if factors is not None:
         return rope | _llama3(keys, factors.node().dense().view(-1), rope["rope_theta"])
-    if kind in (None, "none", "longrope"):
-        return rope
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
-    keys.fail("rope.scaling.type", kind, "none, linear or longrope; start from the Hugging Face folder")
+    if kind not in (None, "none", "longrope"):
+        keys.fail("rope.scaling.type", kind, "none, linear or longrope; start from the Hugging Face folder")
+    return rope
 
 
 def _llama3(keys: _Keys, found: torch.Tensor, theta: float) -> dict[str, Any]:

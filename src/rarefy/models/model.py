@@ -312,4 +312,4 @@ def _download(ref: str) -> Path:
         return Path(snapshot_download(ref, allow_patterns=wanted))
     except Exception as error:  # noqa: BLE001  network, authentication, no such repository, no space
         raise ModelError(f"{ref}: no folder of that name here, and the Hugging Face hub did not give it "
-                         f"({_first_line(error)}); check the name and the network, or pass a folder") from None
+                         f"({_first_line(error)}); check the name and the network") from None

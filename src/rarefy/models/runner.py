@@ -76,8 +76,9 @@ class Runner:
         site = next(site for site in self.model.map.sites if site.role == "embed")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= site.shape[0]:
-            raise ModelError(f"{self.model.name}: token {low if low < 0 else high} has no row in the embedding, "
-                             f"which has {site.shape[0]}; these tokens come from another tokenizer")
+            token = low if low < 0 else high
+            raise ModelError(f"{self.model.name}: token {token} has no row in the embedding of {site.shape[0]}; "
+                             "these tokens come from another tokenizer")
         used, compact = torch.unique(tokens, return_inverse=True)
         embedded = functional_call(self._embed, {"weight": self._rows(site.path, used)}, (compact,))
         prefix = self.model.map.family.body + "."

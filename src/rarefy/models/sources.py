@@ -143,7 +143,7 @@ class GgufSource(Source):
             if path is not None:
                 self._places[path] = name
             elif name not in ROPE_TENSORS:
-                raise ModelError(f"{file.path.name}: tensor {name!r} is not part of the {family.name} family; "
+                raise ModelError(f"{file.path.name}: tensor {name!r} is no part of the {family.name} family; "
                                  "this variant of the architecture is not supported")
 
     def names(self) -> tuple[str, ...]:
