@@ -21,7 +21,8 @@ NOTICE = "<!-- Written by `python -m rarefy.report.docs`; edit the docstring of 
 def page(entry: Entry, measured: str = "") -> str:
     """One technique as Markdown. The docstring's indented equations become code blocks as they are."""
     parts = [NOTICE, f"# {entry.name}", entry.idea, entry.body]
-    rows = [f"| `{s.name}` | `{_cell(s.type)}` | {_default(s)} | {_cell(s.meaning)} |" for s in entry.settings]
+    rows = [f"| `{s.name}` | `{_cell(s.type)}` | {_default(s)} | {_cell(s.meaning)} |"
+            for s in entry.settings]
     if rows:
         parts += ["## Settings", entry.about,
                   "\n".join(["| name | type | default | |", "|---|---|---|---|", *rows])]

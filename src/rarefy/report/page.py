@@ -186,7 +186,7 @@ def _pair(completion: dict[str, str]) -> dict[str, Any]:
     if shared < max(len(original), len(now)):  # part between words, not inside one
         shared = max(original.rfind(" ", 0, shared + 1), original.rfind("\n", 0, shared + 1), 0)
     return {"prompt": completion.get("prompt") or "", "original": original[shared:], "now": now[shared:],
-            "shared": original[:shared].lstrip("\n").removeprefix(" ")}
+            "shared": original[:shared].removeprefix(" " if original[:1] == " " else "\n")}
 
 
 def _notes(receipt: dict[str, Any]) -> list[str]:
