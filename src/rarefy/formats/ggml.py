@@ -140,9 +140,10 @@ class Codec:
 
     def unpack(self, data: UInt8[np.ndarray, "rows row_bytes"], columns: int) -> Node:
         """The node that these bytes stand for: Dense for plain floats, Quantized otherwise."""
-        if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] != self.row_bytes(columns):
-            raise ModelError(f"{self.name}: expected bytes [rows, {self.row_bytes(columns)}] for rows of "
-                             f"{columns} weights, got {data.dtype} {list(data.shape)}")
+        expected = (len(data), self.row_bytes(columns))
+        if data.shape != expected or not data.size or data.dtype != np.uint8:
+            raise ModelError(f"{self.name}: expected bytes [rows, {expected[1]}] for rows of {columns} "
+                             f"weights, got {data.dtype} {list(data.shape)}")
         if self.grid is None:
             copy = torch.from_numpy(np.array(data, order="C"))  # the file may be a read-only mapping
             return Dense(copy.view(self.dtype).view(data.shape[0], columns))
@@ -187,7 +188,7 @@ def _pack_codes(codec: Codec, node: Quantized) -> Iterator[UInt8[np.ndarray, "ro
     for start in range(0, rows, step):
         fields: Fields = {}
         codes = _bytes_of(node.codes[start:start + step])
-        if codes.size and int(codes.max()) >= len(node.grid.levels):
+        if int(codes.max()) >= len(node.grid.levels):
             raise TargetError(f"{codec.name}: code {int(codes.max())} in rows {start} to "
                               f"{start + len(codes) - 1} lies beyond the {len(node.grid.levels)} levels")
         fields["codes"] = (codes if table is None else table[codes]).reshape(-1, codec.block)
@@ -254,7 +255,7 @@ def _unpack_codes(codec: Codec, data: UInt8[np.ndarray, "rows row_bytes"], colum
         for name, values in whole.items():
             values[start:start + step] = fields[name].reshape(len(part), -1)
     codes = whole["codes"]
-    if codec.wide is not None and (not codes.size or int(codes.min()) > 0):
+    if codec.wide is not None and int(codes.min()) > 0:
         codes, grid = codes - np.uint8(1), codec.grid  # the extra, lowest level is not used
     zero = None if grid.zero is None else _number(whole, "zero", grid.zero)
     return Quantized(torch.from_numpy(codes), _number(whole, "scale", grid.scale), zero, grid)

@@ -1,0 +1,485 @@
+"""The native format: any tree of any node, every number at the bits that it is counted with.
+
+A folder of three things and the files that came with the model:
+
+    tree.json            which node stands where, its shape and grid; the hash of the weights
+    rarefy.safetensors   one tensor per stream of a leaf: codes at the grid's bits, masks at one bit
+    config.json          the model's configuration
+
+n codes of b bits take ceil(n * b / 8) bytes: code i sits at bits i*b .. i*b + b - 1 of the stream, lowest
+bit first. A stream's name is the path of the weight and the way down its tree, as in
+``model.norm.weight`` or ``lm_head.weight:scale.codes``, so tree.json cannot point anywhere else. Shared
+weights are stored once, where they belong. Reading is strict: nothing missing, nothing over, no code
+beyond its grid, and the hash must agree, so that what an interrupted copy left behind is refused.
+transformers must not find weights that it would misread, hence the unusual file name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rarefy.core.errors import ModelError, OutputError, TargetError
+from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
+from rarefy.numerics.grids import Grid, Stored
+
+TREE, WEIGHTS, CONFIG = "tree.json", "rarefy.safetensors", "config.json"
+CHUNK = 1 << 20  # codes packed at once; a multiple of 8, so that chunks end on whole bytes
+
+# torch's dtype -> safetensors' name of it; what safetensors has no word for is stored as its bytes
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+          torch.float8_e8m0fnu: "U8"}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _KINDS}
+
+
+@dataclass(frozen=True, eq=False)
+class Native:
+    """What a native folder holds. ``files``: the tokenizer's and other files beside the weights."""
+
+    trees: dict[str, Node]
+    params: dict[str, Tensor]
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+
+
+# ---- what tree.json says
+
+# no axis is empty and no code is free, so that nothing read can be larger than eight times its file
+Shape = Annotated[tuple[PositiveInt, ...], Field(max_length=8)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StoredSpec(_Spec):
+    """``numerics.grids.Stored`` in JSON."""
+
+    dtype: str
+    bits: int = Field(ge=0, le=8)
+    low: int
+    over: NonNegativeInt
+    relative: bool
+
+
+class GridSpec(_Spec):
+    """``numerics.grids.Grid`` in JSON."""
+
+    name: str
+    levels: tuple[float, ...] = Field(min_length=2, max_length=256)
+    group: NonNegativeInt
+    scale: StoredSpec
+    zero: StoredSpec | None
+
+
+class DenseSpec(_Spec):
+    node: Literal["dense"] = "dense"
+    shape: Shape
+    dtype: str
+
+
+class QuantizedSpec(_Spec):
+    node: Literal["quantized"] = "quantized"
+    shape: tuple[PositiveInt, PositiveInt]
+    grid: NonNegativeInt
+    scale: NodeSpec
+    zero: NodeSpec | None
+
+
+class MaskedSpec(_Spec):
+    node: Literal["masked"] = "masked"
+    shape: Shape
+    inner: NodeSpec
+
+
+class ProductSpec(_Spec):
+    node: Literal["product"] = "product"
+    left: NodeSpec
+    right: NodeSpec
+
+
+class SumSpec(_Spec):
+    node: Literal["sum"] = "sum"
+    terms: tuple[NodeSpec, ...] = Field(min_length=1)
+
+
+class SharedSpec(_Spec):
+    node: Literal["shared"] = "shared"
+    path: str
+
+
+NodeSpec = Annotated[DenseSpec | QuantizedSpec | MaskedSpec | ProductSpec | SumSpec | SharedSpec,
+                     Field(discriminator="node")]
+
+
+class TreeFile(_Spec):
+    """tree.json as a whole."""
+
+    format: Literal["rarefy"] = "rarefy"
+    version: Literal[1] = 1
+    sha256: str
+    grids: tuple[GridSpec, ...]
+    trees: dict[str, NodeSpec]
+    params: dict[str, DenseSpec]
+    files: tuple[str, ...]
+
+
+for _spec in (QuantizedSpec, MaskedSpec, ProductSpec, SumSpec, TreeFile):
+    _spec.model_rebuild()
+
+
+# ---- bits
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes of ``bits`` bits take."""
+    return -(-count * bits // 8)
+
+
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes one after the other, lowest bit first: eight codes make ``bits`` bytes."""
+    eights = np.zeros((-(-codes.size // 8), 8), np.uint8)
+    eights.reshape(-1)[:codes.size] = codes.reshape(-1)
+    words = np.zeros(len(eights), "<u8")
+    for k in range(8):
+        words |= eights[:, k].astype(np.uint64) << np.uint64(bits * k)
+    kept = words.view(np.uint8).reshape(-1, 8)[:, :bits]
+    return np.ascontiguousarray(kept).reshape(-1)[:packed_size(codes.size, bits)]
+
+
+def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The reverse of ``pack_bits``; what follows the last code must be zero."""
+    groups = -(-count // 8)
+    whole = np.zeros(groups * bits, np.uint8)
+    whole[:packed.size] = packed
+    words = np.zeros((groups, 8), np.uint8)
+    words[:, :bits] = whole.reshape(groups, bits)
+    joined, mask = words.reshape(-1).view("<u8"), np.uint64((1 << bits) - 1)
+    codes = np.stack([(joined >> np.uint64(bits * k) & mask).astype(np.uint8) for k in range(8)], axis=1)
+    if codes.reshape(-1)[count:].any():
+        raise ValueError("bits are set behind the last code")
+    return codes.reshape(-1)[:count]
+
+
+# ---- writing
+
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """One tensor of the safetensors file: its header entry and its bytes, in chunks."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    size: int
+    width: int
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+
+def save_native(folder: str | Path, trees: Mapping[str, Node], params: Mapping[str, Tensor],
+                config: Mapping[str, Any], files: Iterable[str | Path] = ()) -> int:
+    """Write the folder, whole or not at all; returns the bytes of streams, that is, without any header.
+
+    files are copied beside it under their own names. The folder must not exist, or be empty.
+    """
+    folder, copied = Path(folder), [Path(file) for file in files]
+    names = [file.name for file in copied]
+    if len(set(names)) < len(names) or {TREE, WEIGHTS, CONFIG} & set(names):
+        raise OutputError(f"{folder}: the files to copy repeat a name, or one of {TREE}, {WEIGHTS}, {CONFIG}")
+    writer = _Writer(trees)
+    specs = {path: writer.node(node, f"{path}:") for path, node in trees.items()}
+    dense = {path: writer.dense(value, path) for path, value in params.items()}
+    part = folder.with_name(folder.name + ".part")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder}: exists and is not empty; choose another name or remove it")
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{part}: cannot be made: {error.strerror or error}; remove it, or choose another "
+                          "output folder") from None
+    try:
+        digest = _write_streams(part / WEIGHTS, writer.streams)
+        (part / CONFIG).write_text(json.dumps(dict(config), indent=1, sort_keys=True), encoding="utf-8")
+        for file in copied:
+            shutil.copyfile(file, part / file.name)
+        tree = TreeFile(sha256=digest, grids=tuple(map(_grid_spec, writer.grids)), trees=specs, params=dense,
+                        files=tuple(names))
+        (part / TREE).write_text(tree.model_dump_json(), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(part, folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}; free some space or "
+                          "choose another output folder") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return sum(stream.size for stream in writer.streams)
+
+
+class _Writer:
+    """Walks the trees and gathers their streams and grids."""
+
+    def __init__(self, trees: Mapping[str, Node]) -> None:
+        self.trees = trees
+        self.streams: list[_Stream] = []
+        self.grids: dict[Grid, int] = {}
+        self.taken: set[str] = set()
+
+    def node(self, node: Node, at: str) -> Any:
+        match node:
+            case Dense(values=values):
+                return self.dense(values, f"{at}values")
+            case Quantized(codes=codes, grid=grid):
+                self.packed(codes, grid.code_bits, f"{at}codes")
+                return QuantizedSpec(
+                    shape=(codes.shape[0], codes.shape[1]), grid=self.grids.setdefault(grid, len(self.grids)),
+                    scale=self.node(node.scale, f"{at}scale."),
+                    zero=None if node.zero is None else self.node(node.zero, f"{at}zero."))
+            case Masked(keep=keep, inner=inner):
+                self.packed(keep, 1, f"{at}keep")
+                return MaskedSpec(shape=tuple(keep.shape), inner=self.node(inner, f"{at}inner."))
+            case Product(left=left, right=right):
+                return ProductSpec(left=self.node(left, f"{at}left."), right=self.node(right, f"{at}right."))
+            case Sum(terms=terms):
+                return SumSpec(terms=tuple(self.node(term, f"{at}{k}.") for k, term in enumerate(terms)))
+            case Shared(path=path, of=of):
+                if path not in self.trees or self.trees[path].shape != of.shape:
+                    raise TargetError(f"{at[:-1]}: shares {path!r}, which is not among the weights to save")
+                return SharedSpec(path=path)
+            case _:
+                raise TargetError(f"{at[:-1]}: the native format cannot store a {type(node).__name__}")
+
+    def dense(self, values: Tensor, name: str) -> DenseSpec:
+        if values.dtype not in _KINDS:
+            raise TargetError(f"{name}: the native format cannot store {values.dtype}; convert it to float32")
+
+        def chunks() -> Iterator[np.ndarray]:
+            yield values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+        shape, width = tuple(values.shape), values.element_size()
+        self.add(_Stream(name, _KINDS[values.dtype], shape, values.numel() * width, width, chunks))
+        return DenseSpec(shape=shape, dtype=str(values.dtype).removeprefix("torch."))
+
+    def packed(self, codes: Tensor, bits: int, name: str) -> None:
+        size = packed_size(codes.numel(), bits)
+
+        def chunks() -> Iterator[np.ndarray]:
+            for part in torch.split(codes.detach().cpu().reshape(-1), CHUNK):
+                yield pack_bits(part.contiguous().view(torch.uint8).numpy(), bits)
+
+        self.add(_Stream(name, "U8", (size,), size, 1, chunks))
+
+    def add(self, stream: _Stream) -> None:
+        if not stream.size:
+            raise TargetError(f"{stream.name}: is empty; remove it from the model")
+        if stream.name in self.taken:
+            raise TargetError(f"{stream.name}: two weights or parameters have this name")
+        self.taken.add(stream.name)
+        self.streams.append(stream)
+
+
+def _grid_spec(grid: Grid) -> GridSpec:
+    def stored(how: Stored) -> StoredSpec:
+        return StoredSpec(dtype=str(how.dtype).removeprefix("torch."), bits=how.bits, low=how.low,
+                          over=how.over, relative=how.relative)
+
+    return GridSpec(name=grid.name, levels=grid.levels, group=grid.group, scale=stored(grid.scale),
+                    zero=None if grid.zero is None else stored(grid.zero))
+
+
+def _write_streams(path: Path, streams: list[_Stream]) -> str:
+    """A safetensors file, one chunk in memory at a time; wide numbers first, so that all are aligned."""
+    streams = sorted(streams, key=lambda stream: -stream.width)
+    header, end = {}, 0
+    for stream in streams:
+        header[stream.name] = {"dtype": stream.kind, "shape": stream.shape,
+                               "data_offsets": (end, end + stream.size)}
+        end += stream.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(len(text) + -len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            out.write(piece)
+            digest.update(piece)
+        for stream in streams:
+            for chunk in stream.chunks():
+                out.write(chunk.data)
+                digest.update(chunk.data)
+    assert path.stat().st_size == 8 + len(text) + end
+    return digest.hexdigest()
+
+
+# ---- reading
+
+def load_native(folder: str | Path) -> Native:
+    """Read a native folder back, bit for bit, or raise ModelError."""
+    folder = Path(folder)
+    try:
+        tree = TreeFile.model_validate_json((folder / TREE).read_bytes())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with (folder / WEIGHTS).open("rb") as weights:
+            digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}; a native folder holds {TREE}, "
+                         f"{WEIGHTS} and {CONFIG}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its text"
+        raise ModelError(f"{folder / TREE}: {where}: {first['msg']}; the file is damaged or of another "
+                         "version") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{folder / CONFIG}: {error}; the file is damaged") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / CONFIG}: expected an object of settings")
+    if digest != tree.sha256:
+        raise ModelError(f"{folder}: {WEIGHTS} is not the one that {TREE} was written with (SHA-256 "
+                         f"{digest[:12]} instead of {tree.sha256[:12]}); copy the folder again")
+    files = tuple(folder / name for name in tree.files)
+    for file in files:
+        if file.parent != folder or not file.is_file():
+            raise ModelError(f"{folder}: {TREE} names the file {str(file)!r}, which is not in the folder")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as opened:
+            reader = _Reader(folder, tree, opened)
+            trees = {path: reader.tree(path) for path in tree.trees}
+            params = {path: reader.dense(spec, path) for path, spec in tree.params.items()}
+            reader.finish()
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS}: {error}; copy the folder again") from None
+    except RecursionError:
+        raise ModelError(f"{folder}: {TREE} is nested too deeply to be a model") from None
+    return Native(trees, params, config, files)
+
+
+class _Reader:
+    """Builds the trees; every stream is taken exactly once."""
+
+    def __init__(self, folder: Path, tree: TreeFile, opened: Any) -> None:
+        self.folder, self.spec, self.opened = folder, tree, opened
+        self.left = set(opened.keys())
+        self.built: dict[str, Node | None] = {}
+        self.grids = [self.grid(spec) for spec in tree.grids]
+
+    def fail(self, where: str, what: str) -> ModelError:
+        return ModelError(f"{self.folder}: {where}: {what}; the folder is damaged, write it again")
+
+    def tree(self, path: str) -> Node:
+        if path not in self.spec.trees:
+            raise self.fail(path, "shared, but no such weight is stored")
+        if path not in self.built:
+            self.built[path] = None
+            self.built[path] = self.node(self.spec.trees[path], f"{path}:")
+        node = self.built[path]
+        if node is None:
+            raise self.fail(path, "a weight that shares itself")
+        return node
+
+    def node(self, spec: Any, at: str) -> Node:
+        match spec:
+            case DenseSpec():
+                return Dense(self.dense(spec, f"{at}values"))
+            case QuantizedSpec():
+                return self.quantized(spec, at)
+            case MaskedSpec(shape=shape):
+                keep = self.packed(f"{at}keep", 1, shape).view(torch.bool)
+                inner = self.node(spec.inner, f"{at}inner.")
+                self.expect(at, inner.shape == shape, f"a mask of {shape} over a weight of {inner.shape}")
+                return Masked(keep, inner)
+            case ProductSpec():
+                left, right = self.node(spec.left, f"{at}left."), self.node(spec.right, f"{at}right.")
+                self.expect(at, len(left.shape) == len(right.shape) == 2 and left.shape[1] == right.shape[0],
+                            f"a product of {left.shape} and {right.shape}")
+                return Product(left, right)
+            case SumSpec():
+                terms = tuple(self.node(term, f"{at}{k}.") for k, term in enumerate(spec.terms))
+                shapes = {term.shape for term in terms}
+                self.expect(at, len(shapes) == 1, f"a sum of {sorted(shapes)}")
+                return Sum(terms)
+            case SharedSpec(path=path):
+                return Shared(path, self.tree(path))
+            case _:
+                raise TypeError(type(spec).__name__)
+
+    def expect(self, at: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise self.fail(at, what)
+
+    def quantized(self, spec: QuantizedSpec, at: str) -> Quantized:
+        self.expect(at, spec.grid < len(self.grids), f"grid {spec.grid} of {len(self.grids)}")
+        grid, (rows, columns) = self.grids[spec.grid], spec.shape
+        group = grid.group or columns
+        self.expect(at, columns % group == 0, f"{columns} columns in groups of {group}")
+        codes = self.packed(f"{at}codes", grid.code_bits, spec.shape)
+        self.expect(at, not codes.numel() or int(codes.max()) < len(grid.levels),
+                    f"a code beyond the {len(grid.levels)} levels of {grid.name!r}")
+        self.expect(at, (spec.zero is None) == (grid.zero is None), f"the zero that {grid.name!r} tells of")
+        scale = self.number(spec.scale, f"{at}scale.", (rows, columns // group))
+        zero = None if spec.zero is None else self.number(spec.zero, f"{at}zero.", (rows, columns // group))
+        return Quantized(codes, scale, zero, grid)
+
+    def number(self, spec: Any, at: str, shape: tuple[int, int]) -> Node:
+        """The scales or zeros of a weight, one for every group."""
+        node = self.node(spec, at)
+        self.expect(at, node.shape == shape, f"{node.shape} numbers for {shape} groups")
+        return node
+
+    def grid(self, spec: GridSpec) -> Grid:
+        def stored(how: StoredSpec) -> Stored:
+            return Stored(self.dtype(how.dtype, spec.name), how.bits, how.low, how.over, how.relative)
+
+        try:
+            return Grid(spec.name, spec.levels, spec.group, stored(spec.scale),
+                        None if spec.zero is None else stored(spec.zero))
+        except (ValueError, OverflowError) as error:
+            raise self.fail(f"grid {spec.name!r}", str(error)) from None
+
+    def dtype(self, name: str, where: str) -> torch.dtype:
+        if name not in _DTYPES:
+            raise self.fail(where, f"numbers of type {name!r}")
+        return _DTYPES[name]
+
+    def dense(self, spec: DenseSpec, name: str) -> Tensor:
+        dtype = self.dtype(spec.dtype, name)
+        return self.stream(name, _KINDS[dtype], spec.shape).clone().view(dtype)  # not the mapped file itself
+
+    def packed(self, name: str, bits: int, shape: tuple[int, ...]) -> Tensor:
+        count = prod(shape)
+        raw = self.stream(name, "U8", (packed_size(count, bits),)).numpy()
+        codes = np.empty(count, np.uint8)
+        try:
+            for start in range(0, count, CHUNK):
+                size = min(CHUNK, count - start)
+                first = start * bits // 8
+                piece = raw[first:first + packed_size(size, bits)]
+                codes[start:start + size] = unpack_bits(piece, bits, size)
+        except ValueError as error:
+            raise self.fail(name, str(error)) from None
+        return torch.from_numpy(codes).view(shape)
+
+    def stream(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
+        """One stream, which must have exactly this type and shape in the file's header."""
+        if name not in self.left:
+            raise self.fail(name, "missing, or used twice")
+        self.left.remove(name)
+        there = self.opened.get_slice(name)
+        if there.get_dtype() != kind or tuple(there.get_shape()) != shape:
+            raise self.fail(name, f"expected {kind} {shape}, found {there.get_dtype()} {there.get_shape()}")
+        values: Tensor = self.opened.get_tensor(name)
+        return values
+
+    def finish(self) -> None:
+        if self.left:
+            raise self.fail(min(self.left), f"stored but part of no weight ({len(self.left)} such streams)")
