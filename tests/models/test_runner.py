@@ -11,7 +11,9 @@ from rarefy.models.model import Model, open_model
 from rarefy.models.runner import Runner
 
 
-def whole(runner: Runner, tokens: torch.Tensor, mask: torch.Tensor | None = None, **observe: Any) -> torch.Tensor:
+def whole(runner: Runner, tokens: torch.Tensor, mask: torch.Tensor | None = None,
+          **observe: Any) -> torch.Tensor:
+    """Logits, block by block."""
     hidden, context = runner.stem(tokens, mask)
     for index in range(runner.blocks):
         hidden = runner.block(index, hidden, context, **observe)
@@ -151,7 +153,12 @@ def test_the_lookup_reads_only_the_rows_it_needs(build, folder, tokens, monkeypa
     asked = []
     rows = model.source._rows
     model.verify()
-    monkeypatch.setattr(model.source, "_rows", lambda name, index: asked.append((name, index)) or rows(name, index))
+
+    def watched(name, index):
+        asked.append((name, index))
+        return rows(name, index)
+
+    monkeypatch.setattr(model.source, "_rows", watched)
     Runner(model).stem(tokens)
     name, index = asked[0]
     assert name == "model.embed_tokens.weight" and index.tolist() == sorted(set(tokens.flatten().tolist()))

@@ -172,7 +172,7 @@ def family_of_gguf(architecture: str) -> Family:
             return family
     known = sorted({family.gguf for family in FAMILIES})
     raise ModelError(f"GGUF architecture {architecture!r} is not supported"
-                     f"{did_you_mean(architecture, known)} (known: {', '.join(known)})")
+                     f"{did_you_mean(architecture, known)}; supported are {', '.join(known)}")
 
 
 def family_of(model_type: str) -> Family:
@@ -181,5 +181,5 @@ def family_of(model_type: str) -> Family:
         if model_type in family.model_types:
             return family
     known = [name for family in FAMILIES for name in family.model_types]
-    raise ModelError(f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), known)} "
-                     f"(known: {', '.join(known)})")
+    raise ModelError(f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), known)}; "
+                     f"supported are {', '.join(known)}")

@@ -20,7 +20,7 @@ import torch
 from rarefy.core.errors import ModelError
 from rarefy.formats.gguf import GgufFile
 from rarefy.models.families import Family
-from rarefy.models.sources import ROPE_TENSORS
+from rarefy.models.sources import ROPE_TENSORS, in_one_line
 
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 
@@ -78,8 +78,8 @@ def gguf_config(file: GgufFile, family: Family) -> Any:
     try:
         return AutoConfig.for_model(family.model_types[0], **fields)
     except Exception as error:  # noqa: BLE001  transformers raises whatever its field validators raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{file.path.name}: the metadata is no valid configuration ({first})") from None
+        raise ModelError(f"{file.path.name}: the metadata is no valid configuration ({in_one_line(error)}); "
+                         "convert the model again with a current llama.cpp") from None
 
 
 def _sizes(keys: _Keys) -> dict[str, Any]:
@@ -269,9 +269,8 @@ def gguf_tokenizer(file: GgufFile) -> Any:
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=alone.name)
         except Exception as error:  # noqa: BLE001  whatever the builders of transformers trip over
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{file.path.name}: the metadata makes no tokenizer ({first}); start from the "
-                             "Hugging Face folder") from None
+            raise ModelError(f"{file.path.name}: the metadata makes no tokenizer ({in_one_line(error)}); "
+                             "start from the Hugging Face folder") from None
     if kind == "gpt2":
         _split_like(tokenizer, str(pre))
     return tokenizer

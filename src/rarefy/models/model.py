@@ -25,7 +25,7 @@ from rarefy.core.errors import ModelError, did_you_mean
 from rarefy.formats.gguf import read_gguf
 from rarefy.models.families import Family, family_of, family_of_gguf
 from rarefy.models.map import ModelMap, map_model
-from rarefy.models.sources import GgufSource, ModuleSource, SafetensorsSource, Source, read_json
+from rarefy.models.sources import GgufSource, ModuleSource, SafetensorsSource, Source, in_one_line, read_json
 
 BUILT_IN = "gemma-3-270m"
 
@@ -65,6 +65,8 @@ class Model:
         """The tokenizer, loaded at the first use and checked against the embedding."""
         if self._tokenizer is None:
             tokenizer = self._make_tokenizer()
+            if tokenizer is None:
+                raise ModelError(f"{self.name}: came without a tokenizer; pass one to Model.from_module")
             rows = next(site.shape[0] for site in self.map.sites if site.role == "embed")
             _check_tokenizer(self.name, tokenizer, rows)
             self._tokenizer = tokenizer
@@ -133,17 +135,13 @@ def _expected(name: str, family: Family, config: Any) -> tuple[dict[str, tuple[i
     try:
         network = _layout(config)
     except Exception as error:  # noqa: BLE001  whatever an impossible configuration trips over
-        raise ModelError(f"{name}: config.json describes no possible network ({_first_line(error)}); "
+        raise ModelError(f"{name}: config.json describes no possible network ({in_one_line(error)}); "
                          "take the config.json that came with the weights") from None
     tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
     shapes = {path: tuple(value.shape) for path, value in network.state_dict().items()}
     if tied:
         shapes.pop(f"{family.head}.weight")
     return shapes, tied
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_names(name: str, source: Source, shapes: dict[str, tuple[int, ...]], family: Family,
@@ -218,15 +216,15 @@ def open_model(ref: str | Path, *, dequantize: bool = False) -> Model:
                          "pass a folder with safetensors or a .gguf file")
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"{path}: no such file")
+            raise ModelError(f"{path}: no such file; check the path")
         return _open_gguf(path, path.stem, dequantize)
     if path.is_file():
         raise ModelError(f"{path}: not a model; pass a folder with config.json and safetensors, or a .gguf "
                          "file")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(ref)):
         return _open_folder(_download(str(ref)), str(ref))
-    raise ModelError(f"{ref}: no such folder or file, and not a Hugging Face id or built-in model"
-                     f"{did_you_mean(str(ref), [BUILT_IN])}")
+    raise ModelError(f"{ref}: no such folder or file{did_you_mean(str(ref), [BUILT_IN])}; pass a folder, a "
+                     f".gguf file, a Hugging Face id (owner/name) or the built-in {BUILT_IN}")
 
 
 def _open_folder(folder: Path, name: str) -> Model:
@@ -269,7 +267,7 @@ def _assemble() -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # so that no half file has the name
             os.replace(package.assemble(Path(folder) / target.name), target)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{target}: cannot be assembled ({_first_line(error)}); free some space or set "
+        raise ModelError(f"{target}: cannot be assembled ({in_one_line(error)}); free some space or set "
                          "XDG_CACHE_HOME") from None
     return target
 
@@ -285,7 +283,8 @@ def _config(folder: Path, name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  transformers raises whatever its field validators raise
-        raise ModelError(f"{name}: config.json is not a valid configuration ({_first_line(error)})") from None
+        raise ModelError(f"{name}: config.json is not a valid configuration ({in_one_line(error)}); take the "
+                         "one that came with the weights") from None
     text = config.get_text_config()
     if text is not config:
         warnings.warn(f"{name}: only the language part of this model is used", stacklevel=3)
@@ -298,7 +297,7 @@ def _tokenizer(folder: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  a dozen kinds, from missing files to Rust panics wrapped as Exception
-        raise ModelError(f"{name}: the tokenizer in {folder} cannot be loaded ({_first_line(error)}); "
+        raise ModelError(f"{name}: the tokenizer in {folder} cannot be loaded ({in_one_line(error)}); "
                          "it needs tokenizer.json and tokenizer_config.json") from None
 
 
@@ -312,4 +311,4 @@ def _download(ref: str) -> Path:
         return Path(snapshot_download(ref, allow_patterns=wanted))
     except Exception as error:  # noqa: BLE001  network, authentication, no such repository, no space
         raise ModelError(f"{ref}: no folder of that name here, and the Hugging Face hub did not give it "
-                         f"({_first_line(error)}); check the name and the network") from None
+                         f"({in_one_line(error)}); check the name and the network") from None

@@ -77,8 +77,8 @@ class Runner:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= site.shape[0]:
             token = low if low < 0 else high
-            raise ModelError(f"{self.model.name}: token {token} has no row in the embedding of {site.shape[0]}; "
-                             "these tokens come from another tokenizer")
+            raise ModelError(f"{self.model.name}: token {token} has no row in the embedding of "
+                             f"{site.shape[0]}; these tokens come from another tokenizer")
         used, compact = torch.unique(tokens, return_inverse=True)
         embedded = functional_call(self._embed, {"weight": self._rows(site.path, used)}, (compact,))
         prefix = self.model.map.family.body + "."

@@ -102,8 +102,8 @@ class SafetensorsSource(Source):
                 self._handles[name], self._stored[name] = handle, stored
         for name in self._handles:
             if self.dtype(name) not in _SAFETENSORS_DTYPES.values():
-                raise ModelError(f"{name}: stored as {self.dtype(name)}, not as floats: already quantized? "
-                                 "Start from the float original")
+                raise ModelError(f"{name}: stored as {self.dtype(name)}, not as floats, so it is already "
+                                 "quantized; start from the float original")
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._handles)
@@ -243,9 +243,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: missing; a model folder holds config.json, *.safetensors and a "
                          "tokenizer") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({_first_line(error)}); download it again") from None
+        raise ModelError(f"{path}: not readable as JSON ({in_one_line(error)}); download it again") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ModelError(f"{path}: holds a JSON {type(value).__name__} and should hold an object; download "
+                         "it again")
     return value
 
 
@@ -262,7 +263,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if pickles:
         raise ModelError(f"{folder}: only pickled weights ({pickles[0]}), and unpickling can run any code; "
                          "take the safetensors version, or save_pretrained() it yourself if you trust it")
-    raise ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    raise ModelError(f"{folder}: no weights (model.safetensors or model.safetensors.index.json); download "
+                     "the model's folder whole")
 
 
 def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
@@ -294,10 +296,12 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: not a complete safetensors file ({_first_line(error)}); download it "
+        raise ModelError(f"{path}: not a complete safetensors file ({in_one_line(error)}); download it "
                          "again") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def in_one_line(error: Exception) -> str:
+    """What an error of another library says, short enough to be quoted in ours."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 200 else words[:197] + "..."
 
