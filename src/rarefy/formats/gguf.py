@@ -372,7 +372,10 @@ def write_gguf(path: str | Path, architecture: str, metadata: Sequence[Entry],
 
 
 def _write_tensor(out: BinaryIO, name: str, shape: tuple[int, ...], codec: Codec, weight: Weight) -> None:
-    made = weight.read() if isinstance(weight, Lazy) else weight
+    try:
+        made = weight.read() if isinstance(weight, Lazy) else weight
+    except OSError as error:
+        raise ModelError(f"{name}: cannot be read: {error.strerror or error}") from None
     node = made if isinstance(made, Node) else Dense(made)
     if tuple(node.shape) != shape:
         raise TargetError(f"{name}: the shape {tuple(node.shape)} is not the {shape} that was announced")
