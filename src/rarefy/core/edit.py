@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,7 +27,8 @@ class Leaf:
 
     target: what this leaf should stand for, [out, in] float32, dropped weights included, so that error
     feedback repairs the damage of dropping them. keep: where masks above let weights through (None:
-    everywhere); elsewhere the leaf counts as zero whatever it holds. evidence: what arrives at this leaf (None: none was collected).
+    everywhere); elsewhere the leaf counts as zero whatever it holds. evidence: what arrives at this leaf
+    (None: none was collected).
     """
 
     site: str
@@ -45,6 +46,7 @@ class Edited:
     note: str = ""
 
 
+@runtime_checkable
 class Technique(Protocol):
     """One file under ``techniques/``: a frozen dataclass whose fields are its settings."""
 

@@ -147,7 +147,8 @@ class Choice:
 class Option:
     """One way to store one site: a chain of steps with its exact bytes and predicted damage.
 
-    damage: predicted mean KL to the original in nats per token if only this site changes.
+    damage: predicted mean KL to the original in nats per token if only this site changes (NaN: not
+    predicted, because a recipe asked for it).
     """
 
     site: str
@@ -161,13 +162,29 @@ class Option:
 class Step:
     """One technique with its settings, applied where a pattern matches.
 
-    technique: file stem of the technique. where: glob over site paths or ``role:NAME``; a pattern that
-    matches nothing is an error. settings: fields of the technique's config.
+    technique: file stem of the technique. where: globs over site paths, or ``role:NAME``; a pattern that
+    matches nothing is an error. settings: fields of the technique's config. format: the target's storage
+    format whose grid the technique works on (needed by quantizers that are not given a grid).
     """
 
     technique: str
-    where: str = "*"
+    where: tuple[str, ...] = ("*",)
     settings: dict[str, Any] = field(default_factory=dict)
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Techniques in order, spelled out: what ``rarefy run`` executes. Plain data, YAML both ways."""
+
+    model: str
+    steps: tuple[Step, ...]
+    target: str = "llama.cpp"
+    effort: str = "balanced"
+    data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    seed: int = 0
+    dequantize: bool = False
 
 
 @dataclass(frozen=True)

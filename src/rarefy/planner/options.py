@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ ROWS = 192
 
 
 def options_at(site: str, weight: Tensor, evidence: Evidence, choices: Mapping[str, Choice],
-               techniques: Iterable[type], generator: torch.Generator) -> tuple[Option, ...]:
+               techniques: Iterable[type[Any]], generator: torch.Generator) -> tuple[Option, ...]:
     """All options of all ``techniques`` for ``weight`` [out, in], the useful ones only.
 
     An option is useless when another one costs no more bytes and does no more damage.

@@ -49,7 +49,7 @@ class Cast:
         for name, choice in choices.items():
             if not isinstance(choice.stored, torch.dtype):
                 continue
-            step = Step("cast", leaf.site, {"dtype": str(choice.stored).removeprefix("torch.")})
+            step = Step("cast", (leaf.site,), {"dtype": str(choice.stored).removeprefix("torch.")}, name)
             delta = leaf.target.to(choice.stored).float() - leaf.target
             if bool(torch.isfinite(delta).all()):
                 yield Option(leaf.site, name, choice.bytes, leaf.evidence.damage(delta), (step,))

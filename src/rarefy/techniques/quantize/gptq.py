@@ -96,7 +96,7 @@ class GPTQ:
             rounded = fit(leaf.target, h, choice.stored)
             delta = Quantized.of(encode(leaf.target, rounded), rounded).dense() - leaf.target
             damage = 0.5 * float(leaf.evidence.fisher @ (delta.square() @ h))
-            steps = (Step("gptq", leaf.site), Step("quantease", leaf.site))
+            steps = (Step("gptq", (leaf.site,), format=name), Step("quantease", (leaf.site,)))
             yield Option(leaf.site, name, choice.bytes, damage, steps)
 
     def _order(self, energy: Float[Tensor, " in_"]) -> Int64[Tensor, " in_"]:

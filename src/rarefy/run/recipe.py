@@ -1,0 +1,147 @@
+"""Recipes: techniques in any order, written down as YAML.
+
+    model: gemma-3-270m
+    target: llama.cpp
+    steps:
+      - technique: gptq
+        where: ["role:embed", "*.mlp.*"]
+        format: IQ4_NL
+      - technique: quantease
+        where: ["role:embed"]
+
+Steps run in their order at every weight that a pattern matches. A weight that no step stores in a format
+is stored as F16. Unknown keys, techniques, settings and formats are errors, and so is a pattern that
+matches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from rarefy.core.errors import RecipeError, did_you_mean
+from rarefy.core.nouns import Option, Recipe, Step
+from rarefy.export.gguf import loadable, site_bytes
+from rarefy.models.map import Site
+from rarefy.models.model import Model
+from rarefy.planner.allocate import Plan
+from rarefy.run.planning import build
+
+PLAIN = "F16"
+
+
+class _StepFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    technique: str
+    where: tuple[str, ...] = ("*",)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    format: str = ""
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class _RecipeFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    steps: tuple[_StepFile, ...] = Field(min_length=1)
+    target: str = "llama.cpp"
+    effort: str = "balanced"
+    data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    seed: int = 0
+    dequantize: bool = False
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from YAML, or RecipeError naming the key that is wrong."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected keys like model and steps")
+    try:
+        found = _RecipeFile.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first(error, raw)}") from None
+    plain = found.model_dump()
+    return Recipe(**{**plain, "steps": tuple(Step(**step) for step in plain["steps"])})
+
+
+def _first(error: ValidationError, raw: dict[str, Any]) -> str:
+    """The first thing wrong, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        inside = first["loc"][0] == "steps" and len(first["loc"]) > 1
+        known = list((_StepFile if inside else _RecipeFile).model_fields)
+        return f"unknown key {where!r}{did_you_mean(str(first['loc'][-1]), known)}"
+    return f"{where or 'recipe'}: {first['msg'].lower()}"
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML; ``read_recipe`` gives the same recipe back."""
+    plain = asdict(recipe)
+    plain["steps"] = [{key: list(value) if isinstance(value, tuple) else value
+                       for key, value in step.items() if value not in ({}, "")} for step in plain["steps"]]
+    plain["data"], plain["eval_data"] = list(recipe.data), list(recipe.eval_data)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
+def matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
+    """The sites that any pattern matches; RecipeError for a pattern that matches none."""
+    chosen: dict[str, Site] = {}
+    for pattern in patterns:
+        if pattern.startswith("role:"):
+            found = [site for site in sites if site.role == pattern.removeprefix("role:")]
+            known = sorted({f"role:{site.role}" for site in sites})
+        else:
+            found = [site for site in sites if fnmatchcase(site.path, pattern)]
+            known = [site.path for site in sites]
+        if not found:
+            raise RecipeError(f"pattern {pattern!r} matches no weight{did_you_mean(pattern, known)}")
+        chosen |= {site.path: site for site in found}
+    return list(chosen.values())
+
+
+def plan_of(model: Model, recipe: Recipe) -> Plan:
+    """What a recipe asks of every site, as options without a prediction."""
+    chains: dict[str, list[Step]] = {site.path: [] for site in model.map.sites}
+    for step in recipe.steps:
+        build(step, step.format)  # unknown techniques and settings are refused before any work
+        for site in matching(model.map.sites, step.where):
+            chains[site.path].append(replace(step, where=(site.path,)))
+    plan = {}
+    for site in model.map.sites:
+        steps = chains[site.path] or [Step("cast", (site.path,), {"dtype": "float16"}, PLAIN)]
+        name = next((step.format for step in reversed(steps) if step.format), "")
+        fitting = loadable(model, site)
+        if name not in fitting:
+            raise RecipeError(f"{site.path}: format {name!r} cannot store rows of {site.shape[1]} weights; "
+                              f"choose one of {', '.join(fitting)}")
+        plan[site.path] = Option(site.path, name, site_bytes(site, name), float("nan"), tuple(steps))
+    return plan
+
+
+def recipe_of(plan: Plan, model: str, **rest: Any) -> Recipe:
+    """A plan spelled out: sites with the same chain share their steps."""
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    chains: dict[tuple[str, ...], tuple[Step, ...]] = {}
+    for path, option in plan.items():
+        key = tuple(f"{s.technique}|{s.settings}|{s.format}" for s in option.steps)
+        grouped.setdefault(key, []).append(path)
+        chains[key] = option.steps
+    steps = [replace(step, where=tuple(grouped[key])) for key, chain in chains.items() for step in chain]
+    return Recipe(model, tuple(steps), **rest)
