@@ -21,7 +21,7 @@ from rarefy.core.errors import TargetError, did_you_mean
 from rarefy.core.nodes import Dense, Node
 from rarefy.core.nouns import Target
 from rarefy.export.metadata import architecture_metadata, extra_tensors
-from rarefy.export.tokenizer import tokenizer_metadata
+from rarefy.export.tokenizer import safe_name, tokenizer_metadata
 from rarefy.formats.ggml import CODECS, Codec
 from rarefy.formats.gguf import ALIGNMENT, Entry, GgufFile, Lazy, ValueType, gguf_size, write_gguf
 from rarefy.models.map import Site
@@ -59,7 +59,7 @@ def loadable(model: Model, site: Site) -> tuple[str, ...]:
 
 
 def metadata(model: Model) -> list[Entry]:
-    """The metadata of the exported file, ``general.architecture`` first."""
+    """The metadata of the exported file, ``general.architecture`` first. No choice of formats changes it."""
     family = model.map.family
     entries: list[Entry] = [("general.architecture", family.gguf, ValueType.STRING)]
     source = _gguf_file(model)
@@ -67,10 +67,11 @@ def metadata(model: Model) -> list[Entry]:
         entries += [tuple(entry) for entry in source.entries if not entry.key.startswith(NOT_COPIED)]
     else:
         rows = next(site.shape[0] for site in model.map.sites if site.role == "embed")
+        vocabulary = tokenizer_metadata(model.tokenizer, rows, _end(model))
+        tokens = next(entry[1] for entry in vocabulary if entry[0] == "tokenizer.ggml.tokens")
         entries += [("general.type", "model", ValueType.STRING),
-                    ("general.name", model.name, ValueType.STRING)]
-        entries += architecture_metadata(family, model.config, rows)
-        entries += tokenizer_metadata(model.tokenizer, rows, _end(model))
+                    ("general.name", safe_name(model.name, tokens), ValueType.STRING)]
+        entries += architecture_metadata(family, model.config, rows) + vocabulary
     return [*entries, ("general.quantization_version", 2, ValueType.UINT32)]
 
 

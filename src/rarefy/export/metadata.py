@@ -138,7 +138,8 @@ def _rope(family: Family, config: Any) -> list[Entry]:
         case _:
             raise _refusal(family, f"rotary embeddings of type {kind!r}", "llama.cpp has no such type")
     entries += [(f"{family.gguf}.{key}", int(value), ValueType.UINT32) for key, value in integers.items()]
-    return entries + [(f"{family.gguf}.{key}", float(value), ValueType.FLOAT32) for key, value in floats.items()]
+    entries += [(f"{family.gguf}.{key}", float(value), ValueType.FLOAT32) for key, value in floats.items()]
+    return entries
 
 
 def _original_context(config: Any, rope: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -218,6 +218,17 @@ def _template(tokenizer: Any) -> list[Entry]:
     if isinstance(template, Mapping):
         template = template.get("default")
     return [("tokenizer.chat_template", template, ValueType.STRING)] if template else []
+
+
+def safe_name(name: str, tokens: Collection[str]) -> str:
+    """``name``, unless llama.cpp would read more into it than a name.
+
+    In a model whose name holds "phi-3" it looks up that family's special tokens, and fails to load when
+    they are not there.
+    """
+    if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= set(tokens):
+        return name
+    return re.sub(r"(?i)(phi)-?(3)", r"\1 \2", name)
 
 
 def _brief(value: Any) -> str:
