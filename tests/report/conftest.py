@@ -69,9 +69,9 @@ def measured() -> dict[str, Any]:
         "float": summary,
         "second_domain": {**summary, "kl_mean": 0.0618, "kl_stderr": 0.0031, "kl_median": 0.0123,
                           "kl_p999": 1.9, "top1": 0.893, "perplexity": 4.11, "perplexity_original": 3.98},
-        "runtime": {"name": "llama.cpp", "version": "b11549", "kl_mean": 0.0948, "kl_stderr": 0.0041,
+        "runtime": {"name": "xllamacpp", "version": "2026.10.11549", "kl_mean": 0.0948, "kl_stderr": 0.0041,
                     "top1": 0.8489, "positions": 1024,
-                    "logit_error_vs_float": {"mean_abs": 0.041, "max_abs": 0.62, "kl": 0.0011}},
+                    "logit_error_vs_float": {"kl_mean": 0.0011, "kl_max": 0.021, "log_prob_max": 0.62}},
     }
 
 
@@ -98,10 +98,13 @@ def sample() -> dict[str, Any]:
         "model": {"name": "gemma-3-270m", "family": "gemma3_text", "parameters": 268_098_176,
                   "weights": 268_042_240, "blocks": 18, "tied": True, "original_bytes": 543_000_000},
         "budget": {"to": "160MB", "max_kl": None, "limit_bytes": 160_000_000},
+        "data": {"calibration": "the model's own samples", "evaluation": "python-docs", "second": ""},
         "plan": rows, "sites": [step(r) for r in rows], "predicted_kl": 0.0874, "measured": measured(),
         "speed": {"original": {"prefill": 420.0, "decode": 25.2},
                   "compressed": {"prefill": 497.0, "decode": 60.8},
-                  "ratio_decode": 2.41, "ratio_prefill": 1.18},
+                  "ratio_decode": 2.41, "ratio_prefill": 1.18, "drift": 0.04,
+                  "memory_original": {"resident": 742_000_000},
+                  "memory_compressed": {"resident": 301_000_000}},
         "memory": {"peak_rss_bytes": 2_310_000_000, "runtime_rss_bytes": 301_000_000},
         "seconds": {"load": 6.1, "calibrate": 148.2, "plan": 41.0, "quantize": 402.5, "export": 5.2,
                     "measure": 133.9},

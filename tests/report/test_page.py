@@ -61,6 +61,8 @@ def test_stands_alone(receipt: dict[str, Any]) -> None:
     """Opens offline: no script, nothing fetched, small, every rule in the page itself."""
     html = render(receipt)
     page = Page(html)
+    assert html.startswith("<!doctype html>")
+    assert "&lt;div" not in html  # nothing of the template was taken for text
     assert len(html.encode()) < 400_000
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert not [a for _, a in page.tags if {"src", "href"} & set(a)]

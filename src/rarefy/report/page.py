@@ -17,10 +17,11 @@ from typing import Any
 from rarefy.report import words
 from rarefy.report.mosaic import mosaic
 from rarefy.report.ruler import Reading, ruler
-from rarefy.report.verdict import file_bytes, final, verdict
+from rarefy.report.verdict import file_bytes, final, runtime_name, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
 LISTED = 600  # sites in the table of the page; the receipt has them all
+DRIFT = 0.15  # relative difference between runs of the same file above which the page warns
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ def view(receipt: dict[str, Any]) -> dict[str, Any]:
         "final": final(receipt), "map": mosaic(plan, weight, tied) if plan else None,
         "readings": _readings(receipt),
         "ruler": ruler(_readings(receipt), (receipt.get("budget") or {}).get("max_kl")),
-        "table": _summaries(measured), "runtime": measured.get("runtime"),
-        "weighed": _weighed(plan, model, weight), "roles": _roles(plan, tied),
-        "speed": _speed(receipt.get("speed") or {}), "memory": receipt.get("memory") or {},
+        "table": _summaries(receipt), "runtime": measured.get("runtime"), "where": runtime_name(receipt),
+        "predicted": _number(receipt.get("predicted_kl")), "data": receipt.get("data") or {},
+        "weighed": _weighed(plan, model, weight), "roles": by_role(plan, tied),
+        "speed": _speed(receipt.get("speed") or {}), "memory": _memory(receipt),
+        "peak": (receipt.get("memory") or {}).get("peak_rss_bytes"),
         "completions": [_pair(c) for c in receipt.get("completions") or ()],
-        "warnings": [*(receipt.get("warnings") or ()), *_notes(receipt)],
+        "warnings": [*(receipt.get("warnings") or ()), *_busy(receipt.get("speed") or {}), *_notes(receipt)],
         "sites": _sites(plan, receipt.get("sites") or []), "unlisted": max(len(plan) - LISTED, 0),
         "seconds": _seconds(receipt.get("seconds") or {}), "bands": _band_list(),
         "bits_per_weight": 8 * weight / model["weights"] if model.get("weights") else None,
@@ -76,21 +79,23 @@ def view(receipt: dict[str, Any]) -> dict[str, Any]:
 
 
 def printable(value: object) -> object:
-    """Text without control characters, which HTML does not allow; anything else as it is."""
-    if not isinstance(value, str):
+    """Text without control characters, which HTML does not allow; anything else as it is.
+
+    What a macro of the template made is Jinja's own kind of string, and its text has been here already.
+    """
+    if type(value) is not str:
         return value
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", value)
 
 
 def _readings(receipt: dict[str, Any]) -> list[Reading]:
     """Rows of the drawing, prediction first."""
-    measured, rows = receipt.get("measured") or {}, []
+    measured, rows = receipt.get("measured") or {}, list[Reading]()
     predicted = _number(receipt.get("predicted_kl"))
     if predicted is not None:
         rows.append(Reading("predicted by the planner", predicted, measured=False))
-    runtime = measured.get("runtime")
     for name, key in (("measured in PyTorch", "float"), ("on a second kind of text", "second_domain"),
-                      (f"measured in {runtime['name']}" if runtime else "", "runtime")):
+                      (f"measured in {runtime_name(receipt)}", "runtime")):
         summary = measured.get(key) or {}
         mean = _number(summary.get("kl_mean"))
         if mean is not None:
@@ -99,12 +104,12 @@ def _readings(receipt: dict[str, Any]) -> list[Reading]:
     return rows
 
 
-def _summaries(measured: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _summaries(receipt: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Columns of the table of measurements."""
-    runtime = measured.get("runtime")
+    measured = receipt.get("measured") or {}
     names = (("PyTorch", "float"), ("second text, PyTorch", "second_domain"),
-             (f"{runtime['name']} {runtime.get('version') or ''}" if runtime else "", "runtime"))
-    return [(name.strip(), {**s, "tokens": s.get("tokens") or s.get("positions")})
+             (runtime_name(receipt), "runtime"))
+    return [(name, {**s, "tokens": s.get("tokens") or s.get("positions")})
             for name, key in names if (s := measured.get(key))]
 
 
@@ -119,8 +124,8 @@ def _weighed(plan: list[dict[str, Any]], model: dict[str, Any], weight: int) -> 
     for row in plan:
         now[_purpose(row["role"])] += row["bytes"]
         weights[_purpose(row["role"])] += math.prod(row.get("shape") or (0,))
-    rest = max(weight - sum(now.values()), 0)
-    each = max(original - rest, 0) / max(sum(weights.values()), 1)
+    rest = max(weight - sum(now.values(), 0.0), 0.0)
+    each = max(original - rest, 0.0) / max(sum(weights.values()), 1)
     longest = max(original, weight, 1)
 
     def parts(amounts: dict[str, float]) -> list[Part]:
@@ -143,7 +148,7 @@ def _purpose(role: str) -> str:
     return "feedforward" if role in words.FEED_FORWARD else "other"
 
 
-def _roles(plan: list[dict[str, Any]], tied: bool) -> list[dict[str, Any]]:
+def by_role(plan: list[dict[str, Any]], tied: bool) -> list[dict[str, Any]]:
     """One row per role: weights, bytes, bits per weight, formats with their counts, predicted damage."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in plan:
@@ -176,6 +181,26 @@ def _speed(speed: dict[str, Any]) -> list[tuple[str, str, list[Bar], float | Non
                     for name, kind, v in values if v]
             shown.append((title, key, bars, _number(speed.get(f"ratio_{key}"))))
     return shown
+
+
+def _memory(receipt: dict[str, Any]) -> list[Bar]:
+    """Resident memory of the runtime with either file."""
+    speed, memory = receipt.get("speed") or {}, receipt.get("memory") or {}
+    values = [("original", "before", (speed.get("memory_original") or {}).get("resident")),
+              ("compressed", "now", (speed.get("memory_compressed") or {}).get("resident")
+               or memory.get("runtime_rss_bytes"))]
+    known = [value for _, _, value in values if value]
+    return [Bar(name, words.size(value), 100 * value / max(known), kind)
+            for name, kind, value in values if value]
+
+
+def _busy(speed: dict[str, Any]) -> list[str]:
+    """A speed that drifted while it was measured is worth little, and says so."""
+    drift = _number(speed.get("drift"))
+    if drift is None or drift <= DRIFT:
+        return []
+    return [f"the machine was busy while speed was measured: two runs of the same file differ by "
+            f"{words.percent(drift)}"]
 
 
 def _pair(completion: dict[str, str]) -> dict[str, Any]:

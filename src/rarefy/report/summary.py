@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rarefy.report import words
-from rarefy.report.verdict import file_bytes, final, verdict
+from rarefy.report.verdict import file_bytes, final, runtime_name, verdict
 
 
 def summary(receipt: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
@@ -14,17 +15,19 @@ def summary(receipt: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     weight, rows = file_bytes(receipt), []
     if weight:
         original = model.get("original_bytes")
-        smaller = f", {words.times(original / weight)} smaller than {words.size(original)}" if original else ""
-        rows.append(("size", f"{words.size(weight)}{smaller}"))
-    for where, key in (("PyTorch", "float"), ("PyTorch, other text", "second_domain"), ("", "runtime")):
+        than = f", {words.times(original / weight)} smaller than {words.size(original)}" if original else ""
+        rows.append(("size", f"{words.size(weight)}{than}"))
+    for where, key in (("PyTorch", "float"), ("PyTorch, other text", "second_domain"),
+                       (runtime_name(receipt), "runtime")):
         found = measured.get(key)
         if found and found.get("kl_mean") is not None:
             error = f" ± {words.nats(found['kl_stderr'])}" if found.get("kl_stderr") else ""
-            same = f", same next token {words.percent(found['top1'])}" if found.get("top1") is not None else ""
-            rows.append((f"KL in {where or found['name']}",
-                         f"{words.nats(found['kl_mean'])}{error} nats per token{same}"))
-    if receipt.get("predicted_kl") is not None and final(receipt):
-        rows.append(("KL predicted", words.nats(receipt["predicted_kl"])))
+            top = found.get("top1")
+            same = "" if top is None else f", same next token {words.percent(top)}"
+            rows.append((f"KL in {where}", f"{words.nats(found['kl_mean'])}{error} nats per token{same}"))
+    predicted = receipt.get("predicted_kl")
+    if predicted is not None and math.isfinite(predicted) and final(receipt):
+        rows.append(("KL predicted", words.nats(predicted)))
     rows += _speed(receipt.get("speed") or {})
     if receipt.get("seconds"):
         rows.append(("time", words.duration(sum(receipt["seconds"].values()))))

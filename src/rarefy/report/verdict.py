@@ -29,6 +29,12 @@ def file_bytes(receipt: dict[str, Any]) -> int:
     return sum(o["bytes"] for o in outputs) or sum(row["bytes"] for row in receipt.get("plan") or ())
 
 
+def runtime_name(receipt: dict[str, Any]) -> str:
+    """How people call the runtime: the target, whatever package carries it here."""
+    runtime = (receipt.get("measured") or {}).get("runtime") or {}
+    return str(receipt.get("target") or runtime.get("name") or "the runtime")
+
+
 def final(receipt: dict[str, Any]) -> dict[str, Any]:
     """The measurement that counts: the exported file in its runtime, else in PyTorch; may be empty."""
     measured = receipt.get("measured") or {}
@@ -78,7 +84,7 @@ def _detail(receipt: dict[str, Any]) -> str:
                     f"the original's {words.size(original)}.")
     measured, runtime = final(receipt), (receipt.get("measured") or {}).get("runtime")
     if measured.get("top1") is not None:
-        where = runtime["name"] if runtime else "PyTorch"
+        where = runtime_name(receipt) if runtime else "PyTorch"
         said.append(f"Run by {where} on text it had not seen, it ranks the same next token first "
                     f"{100 * measured['top1']:.0f} times out of 100.")
     ratio = (receipt.get("speed") or {}).get("ratio_decode")

@@ -17,12 +17,12 @@ BANDS: tuple[tuple[float, str, str], ...] = (
 )
 
 
-def band(kl: float) -> tuple[str, str]:
+def band(kl: int | float) -> tuple[str, str]:
     """A short name for a mean KL and a clause that says it."""
     return next((name, clause) for limit, name, clause in BANDS if kl < limit or limit == math.inf)
 
 
-def size(count: float | None) -> str:
+def size(count: int | float | None) -> str:
     """``158_123_456`` -> ``158.1 MB``. Decimal units, as ``--to`` takes them."""
     if count is None:
         return "unknown"
@@ -32,7 +32,7 @@ def size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
-def three(value: float) -> str:
+def three(value: int | float) -> str:
     """About three significant digits, never an exponent for everyday numbers: 0.093, 1.21, 60.8, 420."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "n/a"
@@ -40,19 +40,19 @@ def three(value: float) -> str:
     return f"{value:,.{min(max(digits, 0), 7)}f}"
 
 
-def nats(value: float | None) -> str:
+def nats(value: int | float | None) -> str:
     """A KL with four decimals, or as many as it takes to show two digits."""
     if value is None or not math.isfinite(value):
         return "n/a"
     return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
 
 
-def percent(share: float | None) -> str:
+def percent(share: int | float | None) -> str:
     """``0.8513`` -> ``85.1%``."""
     return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:.1f}%"
 
 
-def times(ratio: float) -> str:
+def times(ratio: int | float) -> str:
     """``3.39`` -> ``3.4×``; ``12.6`` -> ``13×``; two digits below one, where they matter."""
     return f"{ratio:.2f}×" if ratio < 1 else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
 
@@ -68,7 +68,7 @@ def moment(stamp: str) -> str:
     return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """``754`` -> ``12 min 34 s``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
