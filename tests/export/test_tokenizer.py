@@ -30,7 +30,7 @@ from rarefy.runtimes.llamacpp import Session
 ENGLISH = ("It's we'll THEY'RE the year 2024, 12345678 times: costs $3.50 (about 10%)...\n\n\tdef f(x):\n"
            "        return x  # no-op\r\n if a!=b: print('hello   world')   \n")
 WORLD = "Größe naïve façade, 漢字とかな ελληνικά русский العربية हिन्दी 🙂🙃 e\u0301 ½ Ⅷ\u00a0x\u3000y"
-PROBES = [ENGLISH, WORLD, "x", " leading", "trailing ", "CamelCaseWords HTTPServer/path/to", "a<end>b <tool>c",
+PROBES = [ENGLISH, WORLD, "x", " leading", "trailing ", "CamelCaseWords HTTPServer/to", "a<end>b <tool>c",
           "a\n\n\n\nb", "1 22 333 4444 55555"]
 ROWS = 700
 

@@ -136,8 +136,8 @@ def export_gguf(model: Model, trees: Mapping[str, Node], formats: Mapping[str, s
     format must be able to hold (F32, F16, BF16). params: norms or biases to store in place of the model's.
     """
     changed = dict(params or {})
-    for key in (*trees, *changed):
-        known = [*model.map.by_path, *(param.path for param in model.map.params)]
+    for key, known in (*((key, list(model.map.by_path)) for key in trees),
+                       *((key, [param.path for param in model.map.params]) for key in changed)):
         if key not in known:
             raise TargetError(f"{key}: no such weight{did_you_mean(key, known)}")
     extras = _extras(model)

@@ -85,6 +85,10 @@ class SpeedComparison:
     drift: float
 
 
+class Refused(TargetError):
+    """What the runtime itself gave as its reason; the process lives on."""
+
+
 def runtime() -> Runtime:
     """The llama.cpp to use, found without importing anything. TargetError when there is none."""
     for module, package, pattern in PACKAGES:
@@ -232,6 +236,9 @@ class Session:
                     finished = True
                     return
                 yield header, payload
+        except Refused:
+            finished = True
+            raise
         except BrokenPipeError:
             raise self._died() from None
         finally:
@@ -274,7 +281,7 @@ class Session:
         if "died" in header or len(payload) < header["bytes"]:
             raise self._died()
         if "refused" in header:
-            raise TargetError(f"{self.path}: llama.cpp ({self.runtime}) refuses it: {header['refused']}")
+            raise Refused(f"{self.path}: llama.cpp ({self.runtime}) refuses it: {header['refused']}")
         return header, payload
 
     def _expire(self, process: subprocess.Popen[bytes]) -> None:
