@@ -175,8 +175,8 @@ def family_of_gguf(architecture: str) -> Family:
                      f"{did_you_mean(architecture, known)}; supported are {', '.join(known)}")
 
 
-def family_of(model_type: str) -> Family:
-    """The family of a config's ``model_type``."""
+def family_of(model_type: object) -> Family:
+    """The family of a config's ``model_type``, whatever a file says that is."""
     for family in FAMILIES:
         if model_type in family.model_types:
             return family

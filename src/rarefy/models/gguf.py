@@ -1,4 +1,4 @@
-"""A GGUF file as a model of transformers: its configuration and its tokenizer from the metadata.
+"""A GGUF file as a model of transformers: its configuration, from the metadata.
 
 GGUF keys say what llama.cpp computes, and only that is believed: what llama.cpp knows by heart (the
 pattern of Gemma's sliding windows, SmolLM3's layers without rotation) is known by heart here, and what
@@ -8,11 +8,7 @@ loaders and its conversion script, read for facts.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from math import pi
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -49,7 +45,7 @@ class _Keys:
         """The value as it is, or None."""
         return self.file.metadata.get(self.prefix + key)
 
-    def _get(self, key: str, default: float | None) -> Any:
+    def _get(self, key: str, default: int | float | None) -> Any:
         value = self.optional(key)
         if value is None and default is None:
             raise ModelError(f"{self.file.path.name}: metadata key {self.prefix + key} is missing; "
@@ -225,70 +221,3 @@ def quantized_tensors(file: GgufFile) -> str:
         if tensor.type not in FLOAT_TYPES and name not in ROPE_TENSORS:
             counts[tensor.type] = counts.get(tensor.type, 0) + 1
     return ", ".join(f"{count} tensors in {kind}" for kind, count in sorted(counts.items()))
-
-
-# ---- the tokenizer
-
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_REST_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
-_LLAMA3 = rf"{_ENDING}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_ENDING}|{_LETTERS}|\p{{N}}|{_REST}"
-_TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-           rf"|\p{{N}}|{_REST_SLASH}")
-_GPT4O = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}?"
-          rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}?|\p{{N}}{{1,3}}|{_REST_SLASH}")
-
-# How byte-level vocabularies cut text into words, by ``tokenizer.ggml.pre``: a pattern, or GPT-2's with
-# or without single digits. A wrong cut tokenises wrongly in silence, so an unknown name is an error.
-SPLITS = {"gpt-2": "gpt2", "smollm": "digits", "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3,
-          "smaug-bpe": _LLAMA3, "dbrx": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2,
-          "tekken": _TEKKEN, "gpt-4o": _GPT4O}
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that is a token needs no merges
-
-
-def gguf_tokenizer(file: GgufFile) -> Any:
-    """The tokenizer that the metadata of ``file`` describes, built by transformers."""
-    from transformers import PreTrainedTokenizerFast
-
-    kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind not in ("llama", "gpt2"):
-        raise ModelError(f"{file.path.name}: tokenizer.ggml.model is {kind!r}; supported are 'llama' and "
-                         "'gpt2'")
-    if kind == "gpt2" and pre not in SPLITS:
-        raise ModelError(f"{file.path.name}: tokenizer.ggml.pre is {pre!r}, so it is unknown how text is cut "
-                         f"into words (known: {', '.join(SPLITS)}); start from the Hugging Face folder")
-    with tempfile.TemporaryDirectory() as folder:
-        alone = Path(folder) / "model.gguf"  # a tokenizer.json beside the file would win over the file
-        try:
-            os.symlink(file.path.resolve(), alone)
-        except OSError:
-            shutil.copyfile(file.path, alone)
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=alone.name)
-        except Exception as error:  # noqa: BLE001  whatever the builders of transformers trip over
-            raise ModelError(f"{file.path.name}: the metadata makes no tokenizer ({in_one_line(error)}); "
-                             "start from the Hugging Face folder") from None
-    if kind == "gpt2":
-        _split_like(tokenizer, str(pre))
-    return tokenizer
-
-
-def _split_like(tokenizer: Any, pre: str) -> None:
-    from tokenizers import Regex, pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    match SPLITS[pre]:
-        case "gpt2":
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        case "digits":
-            backend.pre_tokenizer = pre_tokenizers.Sequence([
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        case pattern:
-            backend.pre_tokenizer = pre_tokenizers.Sequence([
-                pre_tokenizers.Split(Regex(pattern), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    backend.model.ignore_merges = pre in _WHOLE_WORDS

@@ -95,7 +95,7 @@ class Model:
     def verify(self) -> None:
         """Read every tensor once and refuse NaN and infinity by name; later reads do not look again."""
         for path in (*self.map.by_path, *(p.path for p in self.map.params)):
-            self.source.rows(path, slice(0, 0))
+            self.source.check(path)
 
 
 def skeleton(config: Any) -> Any:
@@ -237,7 +237,8 @@ def _open_folder(folder: Path, name: str) -> Model:
 
 
 def _open_gguf(path: Path, name: str, dequantize: bool) -> Model:
-    from rarefy.models.gguf import gguf_config, gguf_tokenizer, quantized_tensors
+    from rarefy.models.gguf import gguf_config, quantized_tensors
+    from rarefy.models.vocabulary import gguf_tokenizer
 
     file = read_gguf(path)
     family = family_of_gguf(str(file.metadata.get("general.architecture")))

@@ -62,11 +62,16 @@ class Source:
         if index == slice(None):
             values = self._rows(name, index)
             _refuse_infinite(name, values)
-        else:
+            self._sound.add(name)
+            return values
+        self.check(name)
+        return self._rows(name, index)
+
+    def check(self, name: str) -> None:
+        """Refuse a tensor with NaN or infinity in it. What was found sound is not looked at again."""
+        if name not in self._sound:
             self._check(name)
-            values = self._rows(name, index)
-        self._sound.add(name)
-        return values
+            self._sound.add(name)
 
     def _check(self, name: str) -> None:
         """Look at a whole tensor, a part at a time."""
