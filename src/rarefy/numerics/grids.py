@@ -35,7 +35,7 @@ class Stored:
     def bits_per_group(self) -> float:
         """Bits that one group spends on this number."""
         plain = self.dtype.itemsize * 8
-        return plain if self.bits == 0 else self.bits + plain / self.over
+        return float(plain) if self.bits == 0 else self.bits + plain / self.over
 
 
 @dataclass(frozen=True)
