@@ -94,7 +94,8 @@ def planned() -> Planned:
     rows = SAMPLE["plan_rows"]()
     model: Any = SimpleNamespace(name="gemma-3-270m", map=SimpleNamespace(tied=True))
     option = Option("model.embed_tokens.weight", "IQ4_NL", 1, 0.1)
-    return Planned(model, {option.site: option}, SimpleNamespace(), 159_700_000, 0.0874, 543_000_000, rows, [])
+    survey: Any = SimpleNamespace()
+    return Planned(model, {option.site: option}, survey, 159_700_000, 0.0874, 543_000_000, rows, [])
 
 
 def test_plan_shows_roles_tensors_or_json(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,11 +109,17 @@ def test_bar(share: float, full: int) -> None:
     assert len(terminal.bar(share)) == full
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_lines_say_when_and_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    shown = progress(stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    shown = progress()
     assert isinstance(shown, Lines)
     with shown.stage("calibrate") as stage:
         for done in range(1, 11):
@@ -125,15 +131,11 @@ def test_lines_say_when_and_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
         "  a detail", "calibrate: 40 s"]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_bars_leave_one_line_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    shown = progress(stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    shown = progress()
     assert isinstance(shown, Bars)
     with shown.stage("outer") as outer:
         outer.advance(1, 3)
@@ -143,10 +145,10 @@ def test_bars_leave_one_line_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError), shown.stage("broken"):
         raise ZeroDivisionError
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    for line in ("  inner [bold]  0.0 s", "    a detail", "outer  0.0 s"):
-        assert line in text
+    for line in (r"  inner \[bold\]  \d\.\d s", "    a detail", r"outer  \d\.\d s"):
+        assert re.search(line, text)
     assert not shown.live.live.is_started
-    assert stream.getvalue().rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in stream.getvalue()
+    assert "\x1b[?25h" in stream.getvalue()  # the cursor is shown again
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +96,27 @@ def test_pages_in_the_repository_are_up_to_date() -> None:
     command = [sys.executable, "-m", "rarefy.report.docs", str(ROOT / "docs" / "techniques"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_documented_example_is_a_technique(tmp_path: Path) -> None:
+    """The file shown in docs/adding-a-technique.md is found, runs through ``edit``, and keeps its mask."""
+    import torch
+
+    from rarefy.core.edit import edit
+    from rarefy.core.nodes import Dense
+
+    text = (ROOT / "docs" / "adding-a-technique.md").read_text(encoding="utf-8")
+    path = tmp_path / "prune" / "largest.py"
+    path.parent.mkdir()
+    path.write_text(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], encoding="utf-8")
+    (entry,) = catalogue(tmp_path)
+    assert entry.settings == (Setting("keep", "float", "0.5", "share of each row's weights that stays."),)
+    spec = importlib.util.spec_from_file_location("largest", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["largest"] = module
+    spec.loader.exec_module(module)
+    weight = torch.tensor([[1.0, -3.0, 0.5, 2.0]])
+    tree, _ = edit("site", Dense(weight), weight, module.Largest(), "largest", None, torch.Generator())
+    assert tree.dense().tolist() == [[0.0, -3.0, 0.0, 2.0]]

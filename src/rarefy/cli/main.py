@@ -32,10 +32,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]})
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"rarefy {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 from rarefy.report.words import duration
 from rarefy.run.progress import Stage
@@ -19,9 +19,6 @@ EVERY = 15.0  # seconds between two lines of one stage
 
 class Lines:
     """A line when a stage begins, one every so often, and one when it ends."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -33,8 +30,8 @@ class Lines:
 
     def write(self, text: str) -> None:
         """A line, at once."""
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 class _LineStage:
@@ -58,7 +55,7 @@ class _LineStage:
 class Bars:
     """One live bar per running stage; a finished one leaves a line behind."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -70,7 +67,7 @@ class Bars:
             TimeRemainingColumn,
         )
 
-        self.console = Console(file=stream or sys.stderr, highlight=False)
+        self.console = Console(stderr=True, highlight=False)
         self.live = Progress(
             SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=32),
             TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left", style="dim"),
@@ -111,7 +108,6 @@ class _BarStage:
         self.parent.line(f"{self.indent}  {text}")
 
 
-def progress(stream: TextIO | None = None) -> Lines | Bars:
+def progress() -> Lines | Bars:
     """Bars on a terminal, lines elsewhere."""
-    stream = stream or sys.stderr
-    return Bars(stream) if stream.isatty() else Lines(stream)
+    return Bars() if sys.stderr.isatty() else Lines()

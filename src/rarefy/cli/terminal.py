@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
@@ -41,11 +41,11 @@ def set_debug(on: bool) -> None:
     _debug = on
 
 
-def console(stream: TextIO | None = None) -> Any:
-    """A rich console on ``stream`` (stdout), plain and wide where that is no terminal."""
+def console(*, error: bool = False) -> Any:
+    """A rich console on stdout or stderr, plain and wide where that is no terminal."""
     from rich.console import Console
 
-    stream = sys.stdout if stream is None else stream
+    stream = sys.stderr if error else sys.stdout
     return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(),
                    width=None if stream.isatty() else WIDE)
 
@@ -120,7 +120,7 @@ def tell(text: str) -> None:
 
 def fail(text: str, code: int) -> NoReturn:
     """One line of error, then out."""
-    console(sys.stderr).print(f"error: {text}", markup=False, soft_wrap=True,
+    console(error=True).print(f"error: {text}", markup=False, soft_wrap=True,
                               style="red" if sys.stderr.isatty() else None)
     raise typer.Exit(code)
 
