@@ -177,7 +177,7 @@ def _tokens(parts: Mapping[str, Any], rows: int, mark: str) -> tuple[list[str], 
     tokens = [f"[PAD{row}]" for row in range(rows)]
     types: list[int] = [TokenType.UNUSED] * rows
     for token, row in parts["model"]["vocab"].items():
-        if row < rows:
+        if row < rows and token != tokens[row]:  # a file that was padded before stays padded
             byte = mark and re.fullmatch(r"<0x[0-9A-F]{2}>", token)
             tokens[row], types[row] = token, TokenType.BYTE if byte else TokenType.NORMAL
     unknown = parts["model"]["vocab"].get(parts["model"].get("unk_token"))
