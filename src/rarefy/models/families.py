@@ -32,6 +32,7 @@ class Family:
     blocks, embed, norm, head: module paths of the causal language model in transformers. vectors: the
     modules of a block (norms) that hold no matrix, with their GGUF stems. tables: further lookup tables
     outside the blocks (learnt positions). transposed: matrices are stored [in, out] (``Conv1D``).
+    wrapper: the model type whose config holds this family's as ``text_config`` (language and vision).
     prefixes: how names found in checkpoints become the names of transformers, first match wins.
     ignored: names in checkpoints that are no weights of the language model (old buffers, vision towers).
     """
@@ -49,6 +50,7 @@ class Family:
     transposed: bool = False
     permuted: bool = False
     norm_offset: float = 0.0
+    wrapper: str = ""
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
     ignored: str = r".*\.rotary_emb\.inv_freq"
 
@@ -146,7 +148,7 @@ FAMILIES = (
     Family("qwen3", ("qwen3",), "qwen3", _ATTENTION + _MLP, _NORMS + _HEAD_NORMS),
     Family("gemma2", ("gemma2",), "gemma2", _ATTENTION + _MLP, _GEMMA_NORMS, norm_offset=1.0),
     Family("gemma3", ("gemma3_text", "gemma3"), "gemma3", _ATTENTION + _MLP, _GEMMA_NORMS + _HEAD_NORMS,
-           norm_offset=1.0,
+           norm_offset=1.0, wrapper="gemma3",
            prefixes=(("language_model.", ""), ("model.language_model.", "model."), ("", "")),
            ignored=r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*"),
     Family("phi3", ("phi3",), "phi3",

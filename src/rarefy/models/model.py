@@ -231,7 +231,7 @@ def _open_folder(folder: Path, name: str) -> Model:
     raw = read_json(folder / "config.json")
     _refuse_quantized(name, raw)
     family = family_of(raw.get("model_type", ""))
-    config = _config(folder, name)
+    config = _config(folder, name, family)
     source = SafetensorsSource(folder, family.canonical)
     return Model(name, family, config, source, lambda: _tokenizer(folder, name))
 
@@ -278,7 +278,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _config(folder: Path, name: str) -> Any:
+def _config(folder: Path, name: str, family: Family) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -286,10 +286,10 @@ def _config(folder: Path, name: str) -> Any:
     except Exception as error:  # noqa: BLE001  transformers raises whatever its field validators raise
         raise ModelError(f"{name}: config.json is not a valid configuration ({in_one_line(error)}); take the "
                          "one that came with the weights") from None
-    text = config.get_text_config()
-    if text is not config:
-        warnings.warn(f"{name}: only the language part of this model is used", stacklevel=3)
-    return text
+    if config.model_type == family.wrapper:
+        warnings.warn(f"{name}: only the language part of this model is used", stacklevel=4)
+        return config.text_config
+    return config
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
