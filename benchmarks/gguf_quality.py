@@ -47,9 +47,9 @@ Mean KL to it over {EVALUATION_WINDOWS} windows of 512 tokens of the wikitext-2 
 second half of each scored (255 positions), by `llama-perplexity`; standard errors over tokens. The stored
 answers of the original are cut 16 nats below the best token (perplexity {{cut:.2f}}); the original against
 itself has a KL of {{floor:.4f}} there, the floor of the method. Calibration, ours and theirs: wikitext-2
-validation text; their importance matrix from {CALIBRATION_WINDOWS} windows of 512 tokens. MB are 10^6 bytes of
-the whole file. *stock*: a plain type of llama-quantize; *embedding*: with `--token-embedding-type`; *by hand*:
-with types of single tensors."""
+validation text; their importance matrix from {CALIBRATION_WINDOWS} windows of 512 tokens. MB are 10^6 bytes
+of the whole file. *stock*: a plain type of llama-quantize; *embedding*: with `--token-embedding-type`; *by
+hand*: with types of single tensors."""
 
 COLUMNS = """\
 The best rival is the lowest mean KL among all below that are at most 0.5 MB over the budget. Decode (64
