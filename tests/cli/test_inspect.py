@@ -40,7 +40,8 @@ def test_in_words(cli: Any, tiny_llama: Path) -> None:
     assert "query" in text
 
 
-@pytest.mark.parametrize(("name", "told"), [("gema-3-270m", "did you mean 'gemma-3-270m'?"), ("nothing", "no such")])
+@pytest.mark.parametrize(("name", "told"), [
+    ("gema-3-270m", "did you mean 'gemma-3-270m'?"), ("nothing", "no such")])
 def test_no_model(cli: Any, name: str, told: str) -> None:
     done = cli("inspect", name)
     assert done.exit_code == 3

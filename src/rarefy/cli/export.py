@@ -1,15 +1,104 @@
-"""``rarefy export``: what was compressed, in the file of another target."""
+"""``rarefy export``: a compressed model in another target's file, from the codes that it has."""
+
 from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
-from rarefy.cli.options import Json, Out, Target
-from rarefy.cli.terminal import guarded
+
+from rarefy.cli.chat import gguf_in
+from rarefy.cli.options import SHOWN, Json, Overwrite, Target
+from rarefy.cli.progress import progress
+from rarefy.cli.terminal import dump, guarded, show, tell
+from rarefy.core.errors import OutputError, TargetError, did_you_mean
+from rarefy.report import words
+
+if TYPE_CHECKING:
+    from rarefy.models.model import Model
+
+Place = Annotated[Path, typer.Option(
+    "--out", "-o", metavar="PATH", rich_help_panel=SHOWN, show_default=False,
+    help="File (llama.cpp) or folder (native) to create.")]
 
 
 @guarded
 def export(
-    source: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that rarefy wrote.")],
-    out: Out, target: Target = "llama.cpp", as_json: Json = False,
+    source: Annotated[Path, typer.Argument(metavar="OUT", show_default=False,
+                                           help="A folder that rarefy wrote, or a .gguf file.")],
+    *, target: Target = "llama.cpp", out: Place, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
-    """Write a compressed model as another target's file, from the codes it has."""
+    """Write a compressed model as another target's file: llama.cpp (one .gguf file) or native (a folder).
+
+    Codes and scales go over as they are; nothing is rounded a second time.
+    """
+    from rarefy.export.gguf import LLAMA_CPP
+    from rarefy.export.native import NATIVE, export_native
+
+    if target not in (known := [LLAMA_CPP.name, NATIVE.name]):
+        raise TargetError(f"target {target!r}: choose one of {', '.join(known)}{did_you_mean(target, known)}")
+    with staged(out, overwrite=overwrite) as partial, progress().stage(f"export for {target}"):
+        model, trees = _opened(source)
+        if target == NATIVE.name:
+            size = export_native(model, trees, partial)
+        else:
+            size = _gguf(model, trees, partial)
+    if as_json:
+        dump({"path": out, "bytes": size, "target": target})
+    else:
+        show(f"{out}  {words.size(size)}")
+
+
+def _opened(source: Path) -> tuple[Model, dict[str, Any]]:
+    """The model, and its trees as they are stored."""
+    from rarefy.export.native import is_native, open_native, trees_of
+    from rarefy.models.model import open_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is quantized is the point here
+        model = open_native(source) if is_native(source) else open_model(gguf_in(source), dequantize=True)
+    return model, trees_of(model)
+
+
+def _gguf(model: Model, trees: dict[str, Any], path: Path) -> int:
+    """The file; what llama.cpp has no format for goes over as F16, and is said."""
+    from rarefy.core.nodes import Dense
+    from rarefy.export.gguf import export_gguf
+    from rarefy.export.native import formats_of
+
+    formats = formats_of(trees)
+    wide = [name for name, tree in trees.items() if formats[name] == "F16" and not isinstance(tree, Dense)]
+    if wide:
+        tell(f"warning: {len(wide)} weights are in no format of llama.cpp and go over as F16, "
+             f"{wide[0]} first")
+    return export_gguf(model, trees, formats, path)
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A path to write to, which takes the final name when all went well and is removed when not."""
+    from rarefy.run.journal import written
+
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name or pass --overwrite")
+    partial = out.with_name(out.name + ".partial")
+    with written(out):
+        _remove(partial)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            _remove(out)
+            partial.rename(out)
+        finally:
+            _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

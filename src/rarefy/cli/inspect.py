@@ -33,7 +33,8 @@ def inspect(model: Model, dequantize: Dequantize = False, as_json: Json = False)
     sizes = ", ".join(f"{words.size(s['bytes'])} at {s['bits_per_weight']:g} bpw" for s in found["sizes"])
     gguf = found["gguf"]
     show(f"\nA llama.cpp file of it takes {words.size(gguf['f16'])} in F16, and at least "
-         f"{words.size(gguf['smallest'])}; {words.size(gguf['fixed'])} of that is tokenizer, norms and header.\n"
+         f"{words.size(gguf['smallest'])}; {words.size(gguf['fixed'])} of that is tokenizer, norms and "
+         "header.\n"
          f"Whole files: {sizes}.")
 
 

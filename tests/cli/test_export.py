@@ -1,0 +1,90 @@
+"""``rarefy export`` moves codes between files without touching them, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rarefy.core.errors import OutputError
+
+
+@pytest.fixture
+def quantized(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A tiny Llama with every row in Q4_0, as ``compress`` would leave it."""
+    import torch
+
+    from rarefy.core.edit import Leaf
+    from rarefy.core.nodes import Dense
+    from rarefy.export.gguf import export_gguf
+    from rarefy.formats.ggml import CODECS
+    from rarefy.models.model import open_model
+    from rarefy.techniques.quantize.rtn import RTN
+
+    model, grid = open_model(tiny_llama), CODECS["Q4_0"].grid
+    assert grid is not None
+    generator = torch.Generator()
+    trees = {}
+    for site in model.map.sites:
+        weight = model.weight(site.path)
+        leaf = Leaf(site.path, Dense(weight), weight, None, None)
+        trees[site.path] = RTN(grid).rewrite(leaf, generator).node
+    (tmp_path / "out").mkdir()
+    export_gguf(model, trees, dict.fromkeys(trees, "Q4_0"), tmp_path / "out" / "model.gguf")
+    return tmp_path / "out"
+
+
+def test_there_and_back_is_the_same_file(cli: Any, quantized: Path, tmp_path: Path) -> None:
+    there = cli("export", str(quantized), "--for", "native", "-o", str(tmp_path / "native"), "--json")
+    assert there.exit_code == 0, there.stderr
+    assert json.loads(there.stdout)["target"] == "native"
+    back = cli("export", str(tmp_path / "native"), "--for", "llama.cpp", "-o", str(tmp_path / "back.gguf"))
+    assert back.exit_code == 0, back.stderr
+
+    import torch
+
+    from rarefy.export.native import trees_of
+    from rarefy.models.model import open_model
+
+    with pytest.warns(UserWarning, match="already quantized"):
+        ours, theirs = (trees_of(open_model(path, dequantize=True))
+                        for path in (quantized / "model.gguf", tmp_path / "back.gguf"))
+    for path, tree in ours.items():
+        assert torch.equal(tree.codes, theirs[path].codes)
+        assert torch.equal(tree.dense(), theirs[path].dense())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back.gguf", "native", "out"]
+
+
+def test_refusals(cli: Any, quantized: Path, tmp_path: Path) -> None:
+    done = cli("export", str(quantized), "--for", "lama.cpp", "-o", str(tmp_path / "x"))
+    assert (done.exit_code, "did you mean 'llama.cpp'" in done.stderr) == (7, True)
+    (tmp_path / "there").touch()
+    done = cli("export", str(quantized), "-o", str(tmp_path / "there"))
+    assert (done.exit_code, "--overwrite" in done.stderr) == (8, True)
+    done = cli("export", str(tmp_path / "nothing"), "-o", str(tmp_path / "x"))
+    assert (done.exit_code, "no such file" in done.stderr) == (7, True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    from rarefy.cli.export import staged
+
+    def interrupted() -> None:
+        with staged(tmp_path / "a" / "x", overwrite=False) as partial:
+            partial.mkdir()
+            (partial / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list((tmp_path / "a").iterdir()) == []
+    with staged(tmp_path / "x", overwrite=False) as partial:
+        partial.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+    with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "x", overwrite=False):
+        pass
+    with staged(tmp_path / "x", overwrite=True) as partial:
+        partial.write_text("newer")
+    assert (tmp_path / "x").read_text() == "newer"
