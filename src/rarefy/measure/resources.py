@@ -57,7 +57,7 @@ def fingerprint(path: Path, relative_to: Path | None = None) -> FileRecord:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = path.stat().st_size
     except OSError as error:
-        raise OutputError(f"{path}: cannot be read back ({error.strerror}); was it moved or removed?") from error
+        raise OutputError(f"{path}: cannot be read back ({error.strerror}); was it moved?") from error
     return FileRecord(str(path.relative_to(relative_to) if relative_to else path), digest, size)
 
 
