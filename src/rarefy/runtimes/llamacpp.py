@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 PACKAGES = (("llama_cpp", "llama-cpp-python", "lib/*llama.*"), ("xllamacpp", "xllamacpp", "xllamacpp*.*"))
 LIBRARY_SUFFIXES = (".so", ".dylib", ".dll", ".pyd")
+# Threads that wait for each other sleep after some 20 microseconds. By default they spin for far longer,
+# which on a machine that does anything else was measured to be 5 to 50 times slower.
+SPINS = "1000"
 TIMEOUT = 600.0  # seconds without an answer: the largest files load in less from a slow disk
 
 
@@ -116,15 +119,13 @@ class Session:
     """One GGUF file held open in a child process. Use as a context manager.
 
     threads: default, all that this process may use. timeout: seconds to wait for any one answer.
-    patient: let idle threads sleep rather than spin. Spinning is llama.cpp's default and a little faster
-    on an idle machine; on a shared one it was measured to be up to fifty times slower.
     """
 
-    def __init__(self, path: Path | str, *, threads: int | None = None, timeout: float = TIMEOUT,
-                 patient: bool = True) -> None:
+    def __init__(self, path: Path | str, *, threads: int | None = None,
+                 timeout: float = TIMEOUT) -> None:
         self.path = Path(path)
         self.threads = threads or usable_threads()
-        self.timeout, self.patient = timeout, patient
+        self.timeout = timeout
         self.runtime = runtime()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: Any = None
@@ -247,8 +248,8 @@ class Session:
 
     def _start(self) -> None:
         environment = dict(os.environ)
-        if self.patient:
-            environment["OMP_WAIT_POLICY"] = "passive"
+        if "OMP_WAIT_POLICY" not in environment:
+            environment.setdefault("GOMP_SPINCOUNT", SPINS)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "rarefy.runtimes.llamacpp_child", str(self.runtime.library),
@@ -320,7 +321,7 @@ def complete(path: Path | str, prompts: Sequence[str], most: int, *,
 def speed(path: Path | str, *, prefill: int = 256, decode: int = 64, threads: int | None = None,
           repeats: int = 3) -> tuple[Speed, Memory]:
     """Median tokens per second of ``repeats`` runs after one to warm up, and the memory that took."""
-    with Session(path, threads=threads, patient=False) as session:
+    with Session(path, threads=threads) as session:
         session.speed(prefill=prefill, decode=min(decode, 8))
         runs = [session.speed(prefill=prefill, decode=decode) for _ in range(repeats)]
         return _median(runs), session.memory()
@@ -329,8 +330,7 @@ def speed(path: Path | str, *, prefill: int = 256, decode: int = 64, threads: in
 def compare_speed(a: Path | str, b: Path | str, *, prefill: int = 256, decode: int = 64,
                   threads: int | None = None, repeats: int = 3) -> SpeedComparison:
     """Both files loaded, warmed up, then measured in turns: a, b, a, b, .., a."""
-    with (Session(a, threads=threads, patient=False) as first,
-          Session(b, threads=threads, patient=False) as second):
+    with Session(a, threads=threads) as first, Session(b, threads=threads) as second:
         for session in (first, second):
             session.speed(prefill=prefill, decode=min(decode, 8))
         ours, theirs = [first.speed(prefill=prefill, decode=decode)], []
