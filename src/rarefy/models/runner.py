@@ -26,7 +26,7 @@ from rarefy.models.model import Model, skeleton
 
 Override = Callable[[str], "Tensor | Node | None"]
 Observer = Callable[[str, Tensor, Tensor], None]
-_SLAB = 1 << 23  # numbers of the head that are float32 at a time
+_SLAB = 1 << 20  # numbers of the head that are float32 at a time: what a core keeps in its cache
 
 
 @dataclass(frozen=True, eq=False)
