@@ -179,3 +179,13 @@ def test_sentences_of_different_lengths_may_follow_each_other(build):
         for length in (9, 3, 17):
             tokens = torch.arange(3, 3 + length)[None]
             torch.testing.assert_close(whole(runner, tokens), network(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_gradient_is_pulled_through_the_head_as_autograd_does(case, build, tokens):
+    runner = Runner(Model.from_module(build(case), None))
+    normed = torch.randn(*tokens.shape, 32, requires_grad=True)
+    logits = runner.logits(normed)
+    gradient = torch.randn(logits.shape)
+    (wanted,) = torch.autograd.grad(logits, normed, gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(runner.pull_logits(gradient, logits), wanted, atol=1e-4, rtol=1e-4)
