@@ -48,9 +48,11 @@ def test_compress_makes_the_job_that_was_typed(cli: Any, asked: list[Job], tmp_p
 
 
 def test_every_field_of_a_job_has_a_flag(cli: Any) -> None:
-    """Flags are written by hand; this holds them to the job."""
+    """Flags are written by hand; this holds them to the job. A recipe is another command's argument."""
     text = cli("compress", "--help").stdout.lower()
     for field in fields(Job):
+        if field.name == "recipe":
+            continue
         flag = {"model": "model", "target": "--for", "command": "compress"}.get(
             field.name, "--" + field.name.replace("_", "-"))
         assert flag in text, field.name
@@ -117,6 +119,35 @@ def test_an_impossible_budget_is_one_line(cli: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(jobs, "plan", refuse)
     done = cli("plan", "m", "--to", "1MB")
     assert (done.exit_code, done.stderr) == (6, "error: --to 1MB: not possible; pass --to 79.6MB or more\n")
+
+
+def test_run_hands_the_recipe_over(cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def run_recipe(path: Path, out: Path, progress: Any, *, overwrite: bool, command: str) -> Result:
+        seen.append((path, out, overwrite))
+        return Result(out, out / "model.gguf", SAMPLE["sample"]())
+
+    monkeypatch.setattr(jobs, "run_recipe", run_recipe)
+    done = cli("run", "recipe.yaml", "-o", str(tmp_path / "out"), "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    assert seen == [(Path("recipe.yaml"), tmp_path / "out", True)]
+
+
+def test_evaluate_shows_what_was_measured(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def evaluate(out: Path, against: str, progress: Any, *, eval_data: tuple[str, ...]) -> dict[str, Any]:
+        seen.append((out, against, eval_data))
+        kept = ("rarefy", "versions", "model", "outputs", "target", "measured", "speed", "seconds")
+        return {key: value for key, value in SAMPLE["sample"]().items() if key in kept}
+
+    monkeypatch.setattr(jobs, "evaluate", evaluate)
+    done = cli("evaluate", "out", "--against", "m", "--eval-data", "a.txt")
+    assert seen == [(Path("out"), "m", ("a.txt",))]
+    assert "gemma-3-270m now takes 159.7 MB and stays very close to the original." in done.stdout
+    found = json.loads(cli("evaluate", "out", "--against", "m", "--json").stdout)
+    assert found["measured"]["float"]["tokens"] == 4096
 
 
 # ---- chat
