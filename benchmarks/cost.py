@@ -24,9 +24,9 @@ from typing import Any
 from harness import (
     MEGABYTE,
     Ledger,
+    compress,
     fingerprint,
     folder_sha256,
-    rarefy_command,
     run_fresh,
     source_sha256,
     table,
@@ -110,10 +110,7 @@ class Bench:
 
     def _compress(self, job: Job, source: Path | str) -> dict[str, Any]:
         out = self.work / f"{job.model}-{job.effort}"
-        data: list[str | Path] = ["--data", self.data] if self.data else []
-        cost = run_fresh([*rarefy_command(), "compress", source, "--to", job.to, "--for", "llama.cpp",
-                          "--effort", job.effort, *data, "-o", out, "--overwrite"],
-                         out.with_suffix(".log"), self.threads)
+        cost = compress(source, job.to, job.effort, self.data, out, self.threads)
         receipt = json.loads((out / "receipt.json").read_text())
         size = (out / "model.gguf").stat().st_size
         shutil.rmtree(out)

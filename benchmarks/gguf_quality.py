@@ -23,9 +23,9 @@ from pathlib import Path
 from harness import (
     MEGABYTE,
     Ledger,
+    compress,
     fingerprint,
     folder_sha256,
-    rarefy_command,
     run_fresh,
     sha256,
     source_sha256,
@@ -165,11 +165,7 @@ class Bench:
         cost = self.ledger.get(key)
         path = out / "model.gguf"
         if cost is None or not path.exists() or sha256(path) != cost["sha256"]:
-            print(f"rarefy compress --to {point}MB --effort {effort}", flush=True)
-            spent = run_fresh([*rarefy_command(), "compress", self.folder, "--to", f"{point}MB",
-                               "--for", "llama.cpp", "--effort", effort, "--data", self.calibration,
-                               "-o", out, "--overwrite"],
-                              self.work / "logs" / f"compress-{out.name}.log", self.tools.threads)
+            spent = compress(self.folder, f"{point}MB", effort, self.calibration, out, self.tools.threads)
             cost = as_entry(spent) | {"sha256": sha256(path)}
             self.ledger.put(key, cost)
         judged = self.judge(f"rarefy, {point} MB", "ours", path)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -60,12 +61,17 @@ def run_fresh(command: Sequence[str | Path | int], log: Path, threads: int | Non
     return Cost(seconds, usage.ru_maxrss * 1024)
 
 
-def rarefy_command() -> list[str]:
-    """The ``rarefy`` that belongs to the running Python."""
+def compress(model: Path | str, to: str, effort: str, data: Path | None, out: Path, threads: int) -> Cost:
+    """``rarefy compress`` in a fresh process, from the beginning: what an interrupted run left is removed."""
     script = Path(sys.executable).with_name("rarefy")
     if not script.exists():
         sys.exit(f"{script} is missing; install the package into this environment: pip install -e .")
-    return [str(script)]
+    for old in (out, out.with_name(out.name + ".partial"), out.with_name(out.name + ".rejected")):
+        shutil.rmtree(old, ignore_errors=True)
+    print(f"rarefy compress {model} --to {to} --effort {effort}", flush=True)
+    texts: list[str | Path] = ["--data", data] if data else []
+    return run_fresh([script, "compress", model, "--to", to, "--for", "llama.cpp", "--effort", effort, *texts,
+                      "-o", out], out.with_name(out.name + ".log"), threads)
 
 
 def sha256(path: Path) -> str:
