@@ -70,8 +70,8 @@ class Bars:
         self.console = Console(stderr=True, highlight=False)
         self.live = Progress(
             SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=32),
-            TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left", style="dim"),
-            TimeRemainingColumn(), console=self.console, transient=True)
+            TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left", style="dim"),
+            console=self.console, transient=True)
         self.depth = 0
 
     @contextmanager
