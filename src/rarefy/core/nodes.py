@@ -90,7 +90,7 @@ class Quantized(Node):
         group = self.grid.group or columns
         levels = torch.tensor(self.grid.levels, dtype=torch.float32, device=self.codes.device)
         # one float buffer the size of the weight, then in place: an embedding is most of a small model
-        values = levels[self.codes.int()].view(rows, columns // group, group)
+        values = levels.index_select(0, self.codes.reshape(-1).int()).view(rows, columns // group, group)
         scale = self.scale.dense().unsqueeze(-1)
         values = values * scale
         if self.zero is not None:

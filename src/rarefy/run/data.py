@@ -9,7 +9,10 @@ refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rarefy.calibration.samples import SELF, sample_windows
@@ -41,8 +44,28 @@ def evaluation_windows(model: Model, eval_data: tuple[str, ...], effort: Effort,
 
 
 def gather(model: Model, data: tuple[str, ...], eval_data: tuple[str, ...], effort: Effort, seed: int,
-           progress: Progress) -> Data:
-    """Choose, cut and check the text. DataError when it is unusable or overlaps."""
+           progress: Progress, kept: Path | None = None) -> Data:
+    """Choose, cut and check the text. DataError when it is unusable or overlaps.
+
+    kept: where an interrupted run of the same job left its windows, and where these are left.
+    """
+    if kept is not None and kept.is_file():
+        with safe_open(kept, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return Data(found["calibration"], found["evaluation"], found.get("second"), file.metadata())
+    chosen = _choose(model, data, eval_data, effort, seed, progress)
+    if kept is not None:
+        tensors = {"calibration": chosen.calibration, "evaluation": chosen.evaluation}
+        if chosen.second is not None:
+            tensors["second"] = chosen.second
+        part = kept.with_name(kept.name + ".part")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, part, chosen.sources)
+        part.rename(kept)
+    return chosen
+
+
+def _choose(model: Model, data: tuple[str, ...], eval_data: tuple[str, ...], effort: Effort, seed: int,
+            progress: Progress) -> Data:
     length = window_length(model)
     own = not data or data == (SELF,)
     aside = 0 if own or eval_data else effort.evaluation

@@ -14,7 +14,7 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -214,7 +214,7 @@ class _Compression:
     def run(self, heard: list[str]) -> dict[str, Any]:
         with self.clock.stage("data"):
             data = gather(self.model, self.job.data, self.job.eval_data, self.effort, self.job.seed,
-                          self.progress)
+                          self.progress, self.journal.work / "data.safetensors")
         with self.clock.stage("survey"):
             found = take_survey(self.model, data.calibration, self.effort, self.job.seed,
                                 self.journal.work / "survey", self.progress)
@@ -250,8 +250,8 @@ class _Compression:
         sites = Sites(self.journal.work / f"sites{attempt}", outer)
         sites.verify()
         with self.progress.stage("compress") as stage, self.clock.stage("compress"):
-            sweep(self.model, work_of(chosen, self.effort), data.calibration, found.outside, found.saliency,
-                  sites, self.job.seed, sequential=self.effort.sequential, advance=stage.advance)
+            sweep(self.model, work_of(chosen, self.effort), data.calibration, found.outside, None, sites,
+                  self.job.seed, sequential=self.effort.sequential, advance=stage.advance)
         with self.progress.stage("export"), self.clock.stage("export"):
             export_gguf(self.model, _Trees(sites), {path: o.format for path, o in chosen.items()},
                         self.exported)
@@ -319,18 +319,20 @@ class _Compression:
         return f"measured KL {kl:.4f} is above --max-kl {self.job.max_kl:g} at {size / 1e6:.1f} MB; {remedy}"
 
 
-class _Trees(dict[str, Node]):
+class _Trees(Mapping[str, Node]):
     """The trees of finished sites, read one at a time."""
 
     def __init__(self, sites: Sites) -> None:
-        super().__init__()
         self.sites = sites
 
-    def __missing__(self, path: str) -> Node:
+    def __getitem__(self, path: str) -> Node:
         return self.sites[path][0]
 
-    def __contains__(self, path: object) -> bool:
-        return path in self.sites
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
 
 
 def _about(model: Model) -> dict[str, Any]:

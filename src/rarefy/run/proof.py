@@ -8,6 +8,7 @@ file (that is the check of the export: they may differ by llama.cpp's rounding o
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.calibration.evidence import SLAB, Stream
+from rarefy.calibration.evidence import SLAB
 from rarefy.core.errors import TargetError
-from rarefy.measure.divergence import Reference
+from rarefy.measure.divergence import Reference, final_states
 from rarefy.models.model import Model, open_model
 from rarefy.models.runner import Runner
 from rarefy.run.progress import Stage
@@ -33,7 +34,7 @@ WORDS = 40
 def in_float(model: Model, exported: Path, evaluation: Tensor, second: Tensor | None,
              stage: Stage) -> dict[str, Any]:
     """KL, agreement and perplexity of the file, read back, against the original."""
-    candidate = Runner(open_model(exported, dequantize=True))
+    candidate = Runner(reopened(exported))
     found: dict[str, Any] = {"float": None, "second_domain": None}
     for key, tokens in (("float", evaluation), ("second_domain", second)):
         if tokens is not None:
@@ -42,15 +43,22 @@ def in_float(model: Model, exported: Path, evaluation: Tensor, second: Tensor | 
     return found
 
 
+def reopened(exported: Path) -> Model:
+    """The exported file as a model; that its weights are quantized is no news here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*already quantized.*")
+        return open_model(exported, dequantize=True)
+
+
 @torch.no_grad()
 def in_runtime(model: Model, exported: Path, evaluation: Tensor, windows: int, positions: int,
                stage: Stage) -> dict[str, Any]:
     """The same in llama.cpp, on the last ``positions`` of a few windows; TargetError when it disagrees."""
     tokens = evaluation[:windows]
     places = list(range(tokens.shape[1] - positions, tokens.shape[1]))
-    original = _final(Runner(model), tokens)[:, places]
-    ours = Runner(open_model(exported, dequantize=True))
-    exported_final = _final(ours, tokens)[:, places]
+    original = final_states(Runner(model), tokens)[:, places]
+    ours = Runner(reopened(exported))
+    exported_final = final_states(ours, tokens)[:, places]
     kl_original, kl_ours, top, largest = [], [], [], 0.0
     with Session(exported) as session:
         theirs = session.distributions(tokens.numpy(), places)
@@ -75,13 +83,6 @@ def in_runtime(model: Model, exported: Path, evaluation: Tensor, windows: int, p
             "top1": float(torch.cat(top).mean()), "memory": memory,
             "logit_error_vs_float": {"kl_mean": float(agreement.mean()), "kl_max": float(agreement.max()),
                                      "log_prob_max": largest}}
-
-
-def _final(runner: Runner, tokens: Tensor) -> Tensor:
-    stream = Stream(runner, tokens)
-    for index in range(runner.blocks):
-        stream.advance(index)
-    return runner.norm(torch.cat(stream.hidden))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
