@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rarefy import load
 from rarefy.core.errors import ModelError, TargetError
 from rarefy.core.nodes import Dense, Masked, Product, Quantized, Sum
 from rarefy.export.gguf import export_gguf
@@ -17,7 +18,6 @@ from rarefy.export.native import (
     export_native,
     formats_of,
     is_native,
-    load,
     network_of,
     open_native,
     trees_of,
