@@ -66,7 +66,10 @@ BY_HAND = (
                                ("attn_output", "Q6_K"))),
     Rival("IQ4_NL", "IQ4_NL", (("attn_v", "Q8_0"), ("ffn_down", "IQ4_XS"), ("attn_output", "IQ4_XS"))),
     Rival("IQ4_NL", "IQ4_NL", (("ffn_down", "Q4_K"), ("attn_output", "Q4_K"))),
-    Rival("Q5_0", "MXFP4"),
+    Rival("Q5_0", "Q5_0", (("attn_q", "IQ4_NL"), ("attn_v", "Q8_0"), ("ffn_down", "Q5_K"),
+                           ("attn_output", "Q5_K"))),
+    Rival("Q5_0", "IQ4_NL", (("attn_q", "IQ4_NL"), ("attn_v", "Q8_0"), ("ffn_down", "Q5_K"),
+                             ("attn_output", "Q5_K"))),
 )
 
 RIVALS = STOCK + EMBEDDING + BY_HAND
