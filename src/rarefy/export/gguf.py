@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -59,7 +60,19 @@ def loadable(model: Model, site: Site) -> tuple[str, ...]:
 
 
 def metadata(model: Model) -> list[Entry]:
-    """The metadata of the exported file, ``general.architecture`` first. No choice of formats changes it."""
+    """The metadata of the exported file, ``general.architecture`` first. No choice of formats changes it.
+
+    It is made once per model: a large vocabulary takes seconds.
+    """
+    if model not in _MADE:
+        _MADE[model] = _metadata(model)
+    return list(_MADE[model])
+
+
+_MADE: WeakKeyDictionary[Model, list[Entry]] = WeakKeyDictionary()
+
+
+def _metadata(model: Model) -> list[Entry]:
     family = model.map.family
     entries: list[Entry] = [("general.architecture", family.gguf, ValueType.STRING)]
     source = _gguf_file(model)
