@@ -62,13 +62,13 @@ BY_HAND = (
     Rival("Q4_K_M", "Q5_1", (("ffn_gate", "IQ4_NL"), ("ffn_up", "IQ4_NL"))),
     Rival("Q5_1", "IQ4_NL", (("attn_q", "Q8_0"), ("attn_k", "Q8_0"), ("attn_v", "Q8_0"),
                              ("ffn_down", "Q6_K"), ("attn_output", "Q6_K"))),
-    Rival("IQ4_NL", "IQ4_NL", (("attn_k", "Q8_0"), ("attn_v", "Q8_0"), ("ffn_down", "Q6_K"),
+    Rival("IQ4_NL", "IQ4_NL", (("attn_k", "Q5_1"), ("attn_v", "Q8_0"), ("ffn_down", "Q6_K"),
                                ("attn_output", "Q6_K"))),
     Rival("IQ4_NL", "IQ4_NL", (("attn_v", "Q8_0"), ("ffn_down", "IQ4_XS"), ("attn_output", "IQ4_XS"))),
     Rival("IQ4_NL", "IQ4_NL", (("ffn_down", "Q4_K"), ("attn_output", "Q4_K"))),
-    Rival("Q5_0", "Q5_0", (("attn_q", "IQ4_NL"), ("attn_v", "Q8_0"), ("ffn_down", "Q5_K"),
+    Rival("Q5_0", "Q5_0", (("attn_q", "IQ4_NL"), ("attn_v", "Q5_1"), ("ffn_down", "Q5_K"),
                            ("attn_output", "Q5_K"))),
-    Rival("Q5_0", "IQ4_NL", (("attn_q", "IQ4_NL"), ("attn_v", "Q8_0"), ("ffn_down", "Q5_K"),
+    Rival("Q5_0", "IQ4_NL", (("attn_q", "IQ4_NL"), ("attn_v", "Q5_1"), ("ffn_down", "Q5_K"),
                              ("attn_output", "Q5_K"))),
 )
 
