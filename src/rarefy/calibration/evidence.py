@@ -11,6 +11,8 @@ so that ``1/2 sum_i fisher_i dW_i (gram/tokens) dW_i^T`` predicts the KL that a 
 weights s_t keep what K-FAC's independence of x and g throws away: a token whose output nobody reads
 (the attention sink at BOS, with by far the largest activations) should not decide the rounding
 (GuidedQuant, Kim et al. 2025, averages the same weights over groups of outputs).
+Only predictions use these weights: rounding itself does better on plain sums, because few tokens carry
+most of the weight, and error feedback fits them too closely.
 
 ``inputs`` runs forward only, through blocks that are already compressed, so that the next weights are
 rounded for the activations they will really meet.
@@ -25,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from rarefy.core.nouns import Evidence
@@ -39,11 +41,10 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One site after the survey. saliency: s_t of every token, [tokens], in the order of the windows."""
+    """One site and what the survey saw there."""
 
     site: Site
     evidence: Evidence
-    saliency: Float[Tensor, " tokens"]
 
 
 class Stream:
@@ -69,26 +70,30 @@ class Stream:
                        for hidden, context in zip(self.hidden, self.contexts, strict=True)]
 
     @torch.no_grad()
-    def inputs(self, index: int, paths: set[str],
-               saliency: dict[str, Tensor] | None = None) -> dict[str, Evidence]:
-        """Evidence (gram and tokens) at the named sites of block ``index``, weighted where given."""
+    def inputs(self, index: int, paths: set[str]) -> dict[str, Evidence]:
+        """Evidence (gram and tokens) at the named sites of block ``index``."""
         tensors = self.runner.load(index)
         grams: dict[str, Tensor] = {}
-        done = 0
         for hidden, context in zip(self.hidden, self.contexts, strict=True):
-            size = hidden.shape[0] * hidden.shape[1]
-            seen: dict[str, Tensor] = {}
-            self.runner.block(index, hidden, context, lambda path, x, y, seen=seen: seen.update({path: x}),
-                              tensors)
-            for path, x in seen.items():
+            seen = _Watch()
+            self.runner.block(index, hidden, context, seen, tensors)
+            for path, (x, _) in seen.pairs.items():
                 if path in paths:
-                    weight = None if saliency is None else saliency[path][done:done + size]
-                    _accumulate(grams, path, x, weight)
-            done += size
+                    _accumulate(grams, path, x)
         return {path: Evidence(gram, self.tokens) for path, gram in grams.items()}
 
 
-def _accumulate(grams: dict[str, Tensor], path: str, x: Tensor, weight: Tensor | None) -> None:
+class _Watch:
+    """What arrived at every matrix of a block and what left it, during one call."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, path: str, x: Tensor, y: Tensor) -> None:
+        self.pairs[path] = x, y
+
+
+def _accumulate(grams: dict[str, Tensor], path: str, x: Tensor, weight: Tensor | None = None) -> None:
     rows = x.reshape(-1, x.shape[-1])
     scaled = rows if weight is None else rows * weight.unsqueeze(1)
     if path in grams:
@@ -138,7 +143,7 @@ def _head(runner: Runner, hidden: list[Tensor], generator: torch.Generator) -> t
             gram.addmm_(part.T, part)
         gradients.append(torch.autograd.grad(normed, leaf, torch.cat(pieces).view_as(normed))[0])
     count = sum(batch.shape[0] * batch.shape[1] for batch in hidden)
-    return Seen(site, Evidence(gram, count, fisher / count), torch.ones(count)), gradients
+    return Seen(site, Evidence(gram, count, fisher / count)), gradients
 
 
 def _sampled_gradient(runner: Runner, normed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -160,30 +165,28 @@ def _backward(runner: Runner, index: int, hidden: list[Tensor], contexts: list[C
     sites = {site.path: site for site in runner.model.map.in_block(index)}
     grams: dict[str, Tensor] = {}
     fishers = {path: torch.zeros(site.shape[0]) for path, site in sites.items()}
-    saliency: dict[str, list[Tensor]] = {path: [] for path in sites}
+    weights = dict.fromkeys(sites, 0.0)
     below = []
     for batch, context, gradient in zip(hidden, contexts, gradients, strict=True):
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        seen = _Watch()
         leaf = batch.detach().requires_grad_()
         with torch.enable_grad():
-            out = runner.block(index, leaf, context,
-                               lambda path, x, y, seen=seen: seen.update({path: (x, y)}), tensors)
-        pulls = torch.autograd.grad(out, [leaf, *(y for _, y in seen.values())], gradient)
+            out = runner.block(index, leaf, context, seen, tensors)
+        pulls = torch.autograd.grad(out, [leaf, *(y for _, y in seen.pairs.values())], gradient)
         below.append(pulls[0])
-        for (path, (x, _)), pull in zip(seen.items(), pulls[1:], strict=True):
+        for (path, (x, _)), pull in zip(seen.pairs.items(), pulls[1:], strict=True):
             square = pull.flatten(0, -2).square()
             fishers[path] += square.sum(0)
-            saliency[path].append(square.mean(1))
+            weights[path] += float(square.mean(1).sum())
             _accumulate(grams, path, x.detach(), square.mean(1))
-    return [_seen(sites[path], grams[path], fishers[path], torch.cat(saliency[path])) for path in seen], below
+    count = sum(batch.shape[0] * batch.shape[1] for batch in hidden)
+    return [Seen(sites[path], _normalised(grams[path], fishers[path], weights[path], count))
+            for path in seen.pairs], below
 
 
-def _seen(site: Site, gram: Tensor, fisher: Tensor, saliency: Tensor) -> Seen:
-    """Normalise: fisher per token, saliency of mean 1 (all ones where no gradient arrives at all)."""
-    count, mean = saliency.numel(), saliency.mean()
-    if not mean > 0:
-        return Seen(site, Evidence(gram, count, fisher), torch.ones(count))
-    return Seen(site, Evidence(gram / mean, count, fisher / count), saliency / mean)
+def _normalised(gram: Tensor, fisher: Tensor, weights: float, count: int) -> Evidence:
+    """Fisher per token, and grams whose tokens weigh 1 on average (as they are where no gradient arrives)."""
+    return Evidence(gram * (count / weights) if weights > 0 else gram, count, fisher / count)
 
 
 def _lookup(runner: Runner, tokens: Tensor, gradients: list[Tensor]) -> Seen:
@@ -200,7 +203,7 @@ def _lookup(runner: Runner, tokens: Tensor, gradients: list[Tensor]) -> Seen:
     columns = columns * runner.embedding_scale**2 / count
     seen = torch.bincount(tokens.flatten(), minlength=site.shape[0]).float()
     rows = (seen + 1 / site.shape[0]) / (count + 1)
-    return Seen(site, Evidence(torch.diag(columns) * count, count, rows), torch.ones(count))
+    return Seen(site, Evidence(torch.diag(columns) * count, count, rows))
 
 
 def _tie(head: Seen, lookup: Seen) -> Seen:
@@ -212,4 +215,4 @@ def _tie(head: Seen, lookup: Seen) -> Seen:
     assert head.evidence.fisher is not None and lookup.evidence.fisher is not None
     ratio = float(lookup.evidence.fisher.sum() / head.evidence.fisher.sum().clamp_min(1e-12))
     gram = head.evidence.gram + lookup.evidence.gram * ratio
-    return Seen(head.site, Evidence(gram, head.evidence.tokens, head.evidence.fisher), head.saliency)
+    return Seen(head.site, Evidence(gram, head.evidence.tokens, head.evidence.fisher))

@@ -67,7 +67,7 @@ def arithmetic(model: Model) -> torch.dtype:
 
 def fast_bfloat16() -> bool:
     """Whether this CPU multiplies matrices in bfloat16 faster than in float32."""
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # older releases cannot tell
+    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases cannot tell
     return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
 
 

@@ -144,7 +144,7 @@ def _search_scale(w: Tensor, h: Tensor, grid: Grid) -> Tensor:
     """Best scale per group, [rows, groups], signed where the storage allows it."""
     peak = w.gather(-1, w.abs().argmax(-1, keepdim=True))
     ends = [end for end in {grid.levels[0], grid.levels[-1]} if end != 0]
-    signed = grid.scale.bits == 0 and grid.scale.dtype.is_signed or grid.scale.low < 0
+    signed = (grid.scale.bits == 0 and grid.scale.dtype.is_signed) or grid.scale.low < 0
     if grid.scale.dtype == torch.float8_e8m0fnu:
         return _search_power(w, h, peak.abs() / max(map(abs, ends)), grid)
     if not signed or -grid.levels[0] == grid.levels[-1]:

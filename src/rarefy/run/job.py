@@ -52,7 +52,7 @@ from rarefy.run.sweep import sweep
 from rarefy.runtimes.llamacpp import runtime
 
 TARGETS = {LLAMA_CPP.name: LLAMA_CPP}
-TRIES = 3          # plans tried to meet --max-kl
+TRIES = 4          # plans tried to meet --max-kl
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class _Compression:
             if job.to is not None or job.max_kl is None or kl <= job.max_kl:
                 break
             assert bound is not None
-            bound *= 0.95 * job.max_kl / kl
+            bound *= 0.9 * job.max_kl / kl
         return chosen, sites, measured
 
     def _candidate(self, data: Data, found: Survey, chosen: Plan,
@@ -250,7 +250,7 @@ class _Compression:
         sites = Sites(self.journal.work / f"sites{attempt}", outer)
         sites.verify()
         with self.progress.stage("compress") as stage, self.clock.stage("compress"):
-            sweep(self.model, work_of(chosen, self.effort), data.calibration, found.outside, None, sites,
+            sweep(self.model, work_of(chosen, self.effort), data.calibration, found.outside, sites,
                   self.job.seed, sequential=self.effort.sequential, advance=stage.advance)
         with self.progress.stage("export"), self.clock.stage("export"):
             export_gguf(self.model, _Trees(sites), {path: o.format for path, o in chosen.items()},
@@ -313,10 +313,10 @@ class _Compression:
         wanted = _damage(chosen) * self.job.max_kl / kl * 0.95
         try:
             enough = _bytes(self.model, allocate(self.model, found, Budget(max_kl=wanted)))
-            remedy = f"about --to {enough / 1e6:.0f}MB would do"
+            remedy = f"about --to {-(-enough // 10**4) / 100:g}MB would do"
         except BudgetError:
             remedy = "no format of this target is predicted to do; pass a larger --max-kl"
-        return f"measured KL {kl:.4f} is above --max-kl {self.job.max_kl:g} at {size / 1e6:.1f} MB; {remedy}"
+        return f"measured KL {kl:.4f} is above --max-kl {self.job.max_kl:g} at {size / 1e6:.2f} MB; {remedy}"
 
 
 class _Trees(Mapping[str, Node]):

@@ -156,9 +156,7 @@ def written(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise OutputError(f"{path}: the disk is full; free some space and run the same command again, "
                               "it resumes") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another -o") from None
-        raise
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another -o") from None
 
 
 def digest(value: bytes) -> str:

@@ -41,13 +41,12 @@ from rarefy.run.sweep import Work
 class Survey:
     """What was learnt of the float model.
 
-    options: by site. outside: evidence of the embedding and the head. saliency: [tokens] by site.
-    probes: predicted damage of the probe rounding, by site. swaps: what was measured, by role.
+    options: by site. outside: evidence of the embedding and the head. probes: predicted damage of
+    the probe rounding, by site. swaps: what was measured, by role.
     """
 
     options: dict[str, tuple[Option, ...]]
     outside: dict[str, Evidence]
-    saliency: dict[str, Tensor]
     probes: dict[str, float]
     swaps: tuple[Swap, ...]
 
@@ -63,7 +62,7 @@ def take_survey(model: Model, tokens: Tensor, effort: Effort, seed: int, folder:
     if (folder / "survey.json").is_file():
         return _load(folder)
     generator = torch.Generator().manual_seed(seed)
-    options, outside, saliency, probes = {}, {}, {}, {}
+    options, outside, probes = {}, {}, {}
     techniques = plannable()
     with progress.stage("survey") as stage:
         for seen in survey(Runner(model), tokens[:effort.survey], generator, stage.advance):
@@ -72,7 +71,6 @@ def take_survey(model: Model, tokens: Tensor, effort: Effort, seed: int, folder:
                                        generator)
             if effort.swaps:
                 probes[path] = probe_damage(weight, seen.evidence)
-            saliency[path] = seen.saliency
             if seen.site.block is None:
                 outside[path] = seen.evidence
     swaps: tuple[Swap, ...] = ()
@@ -81,7 +79,7 @@ def take_survey(model: Model, tokens: Tensor, effort: Effort, seed: int, folder:
             reference = Reference(model, tokens[:effort.swaps])
             swaps = measure_swaps(model, probes, lambda runner: reference.compare(runner).kl_mean,
                                   stage.advance)
-    found = Survey(options, outside, saliency, probes, swaps)
+    found = Survey(options, outside, probes, swaps)
     _save(found, folder)
     return found
 
@@ -166,7 +164,7 @@ def work_of(plan: Plan, effort: Effort) -> dict[str, Work]:
 
 def _save(found: Survey, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {f"saliency:{path}": value for path, value in found.saliency.items()}
+    tensors: dict[str, Tensor] = {}
     for path, evidence in found.outside.items():
         tensors[f"gram:{path}"] = evidence.gram.contiguous()
         assert evidence.fisher is not None
@@ -187,9 +185,7 @@ def _load(folder: Path) -> Survey:
     options = {path: tuple(map(_option, found)) for path, found in plain["options"].items()}
     outside = {path: Evidence(tensors[f"gram:{path}"], tokens, tensors[f"fisher:{path}"])
                for path, tokens in plain["tokens"].items()}
-    saliency = {name.removeprefix("saliency:"): value for name, value in tensors.items()
-                if name.startswith("saliency:")}
-    return Survey(options, outside, saliency, plain["probes"], tuple(Swap(**s) for s in plain["swaps"]))
+    return Survey(options, outside, plain["probes"], tuple(Swap(**s) for s in plain["swaps"]))
 
 
 def _option(plain: dict[str, Any]) -> Option:

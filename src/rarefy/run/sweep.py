@@ -39,13 +39,12 @@ class Work:
 
 
 def sweep(model: Model, work: Mapping[str, Work], tokens: Tensor, outside: Mapping[str, Evidence],
-          saliency: dict[str, Tensor] | None, store: Store, seed: int, *, sequential: bool,
+          store: Store, seed: int, *, sequential: bool,
           advance: Advance = lambda done, total: None) -> None:
     """Do ``work`` at every site it names, and put trees and receipts into ``store``.
 
     tokens: calibration windows [windows, length]. outside: evidence for the embedding and the head, from
-    the survey. saliency: per-token weights of the grams, [windows * length] per site; empty: all ones.
-    sequential: gather evidence anew for each group of a block (four forward passes instead of one).
+    the survey. sequential: gather evidence anew for each group of a block (four forward passes, not one).
     """
     def current(path: str) -> Node | None:
         return store[path][0] if path in store else None
@@ -62,7 +61,7 @@ def sweep(model: Model, work: Mapping[str, Work], tokens: Tensor, outside: Mappi
             missing = [s for s in group if s.path not in store]
             if not missing:
                 continue
-            evidence = stream.inputs(index, {s.path for s in missing}, saliency)
+            evidence = stream.inputs(index, {s.path for s in missing})
             done = {s.path: rewrite(model, s, work[s.path], evidence[s.path], seed) for s in missing}
             for path, result in done.items():
                 store[path] = result

@@ -49,7 +49,7 @@ class GPTQ:
     """
 
     grid: Grid = integer_grid(4, 32)
-    damping: float = 0.01
+    damping: float = 0.1
     activation_order: bool = True
 
     edits: ClassVar[tuple[type[Node], ...]] = (Dense, Quantized)

@@ -40,7 +40,7 @@ class QuantEase:
     """
 
     sweeps: int = 2
-    damping: float = 0.01
+    damping: float = 0.1
     move_scales: bool = True
 
     edits: ClassVar[tuple[type[Node], ...]] = (Quantized,)
