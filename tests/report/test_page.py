@@ -160,6 +160,13 @@ def test_completions_part_where_they_differ(receipt: dict[str, Any]) -> None:
     assert "<mark>\n    if" not in html
 
 
+def test_many_empty_lines_are_counted_instead(receipt: dict[str, Any]) -> None:
+    receipt["completions"] = [{"prompt": "p", "original": "a" + "\n" * 9 + "b", "compressed": "a\n\nb"}]
+    html = render(receipt)
+    assert "[8 empty lines]" in html
+    assert "\n\n\n\n" not in html
+
+
 def test_same_receipt_same_page(receipt: dict[str, Any]) -> None:
     assert render(receipt) == render(json.loads(json.dumps(receipt)))
 

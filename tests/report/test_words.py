@@ -23,7 +23,7 @@ def test_three(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    (0.0931, "0.0931"), (0.00004, "4e-05"), (0.0, "0.0000"), (None, "n/a")])
+    (0.0931, "0.0931"), (0.000042, "0.000042"), (1e-12, "0.00000000"), (0.0, "0.0000"), (None, "n/a")])
 def test_nats(value: float | None, text: str) -> None:
     assert words.nats(value) == text
 
@@ -47,7 +47,7 @@ def test_moment() -> None:
 
 def test_bands_cover_every_kl() -> None:
     assert [words.band(kl)[0] for kl in (0, 0.01, 0.05, 0.2, 0.5, 9, float("inf"))] == [
-        "indistinguishable", "almost the same", "very close", "close", "different", "damaged", "damaged"]
+        "practically the same", "nearly the same", "very close", "close", "different", "damaged", "damaged"]
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.0, 2.25, 3.4, 4.25, 4.5, 5.0, 5.5, 6.0, 6.56, 8.5, 16.0])

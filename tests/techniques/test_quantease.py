@@ -42,7 +42,7 @@ def literal(node: Quantized, weight: Tensor, gram: Tensor) -> Tensor:
 def test_equals_the_literal_algorithm(name: str, weight: Tensor, evidence: Evidence) -> None:
     start, _ = run(RTN(CODECS[name].grid), weight, evidence, Dense(weight))
     assert isinstance(start, Quantized)
-    expected = literal(start, weight, damped(evidence.gram / evidence.tokens, 0.01))
+    expected = literal(start, weight, damped(evidence.gram / evidence.tokens, QuantEase.damping))
     got, _ = run(QuantEase(sweeps=1, move_scales=False), weight, evidence, start)
     assert ((got.dense() - expected).abs() > 1e-5).float().mean() < 0.01
 

@@ -120,8 +120,9 @@ class _Walk:
         The right factor goes first, so the left one, fitted in the outputs' metric, has the last word.
         """
         before = left.dense()
-        right = self.node(right, torch.linalg.lstsq(before, target).solution, None,
-                          None if evidence is None else evidence.before(before))
+        # in float64, so that what LAPACK leaves to chance lies below the bits that are kept
+        fitted = (torch.linalg.pinv(before.double()) @ target.double()).float()
+        right = self.node(right, fitted, None, None if evidence is None else evidence.before(before))
         matrix = right.dense()
         gram = torch.eye(matrix.shape[1]) if evidence is None else evidence.gram
         inner = (matrix @ gram @ matrix.T).double()

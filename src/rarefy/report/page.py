@@ -210,8 +210,14 @@ def _pair(completion: dict[str, str]) -> dict[str, Any]:
                   min(len(original), len(now)))
     if shared < max(len(original), len(now)):  # part between words, not inside one
         shared = max(original.rfind(" ", 0, shared + 1), original.rfind("\n", 0, shared + 1), 0)
-    return {"prompt": completion.get("prompt") or "", "original": original[shared:], "now": now[shared:],
-            "shared": original[:shared].removeprefix(" " if original[:1] == " " else "\n")}
+    return {"prompt": completion.get("prompt") or "", "original": _squeezed(original[shared:]),
+            "now": _squeezed(now[shared:]),
+            "shared": _squeezed(original[:shared].removeprefix(" " if original[:1] == " " else "\n"))}
+
+
+def _squeezed(text: str) -> str:
+    """Many empty lines as one that says so; a small model may write nothing else."""
+    return re.sub(r"\n{4,}", lambda run: f"\n[{len(run[0]) - 1} empty lines]\n", text)
 
 
 def _notes(receipt: dict[str, Any]) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-# Upper ends of mean KL (nats per token) and what a reader notices. Below the first, the drift is smaller than
-# what 16-bit arithmetic in another order does to long answers; above the last, text falls apart.
+# Upper ends of mean KL (nats per token) and what a reader notices, from about the drift of 8-bit files up to
+# where text falls apart.
 BANDS: tuple[tuple[float, str, str], ...] = (
-    (0.005, "indistinguishable", "cannot be told from the original in use"),
-    (0.03, "almost the same", "answers almost exactly like the original"),
+    (0.005, "practically the same", "answers practically like the original"),
+    (0.03, "nearly the same", "answers nearly like the original"),
     (0.1, "very close", "stays very close to the original"),
     (0.25, "close", "stays close to the original; open-ended answers take other turns"),
     (0.6, "different", "answers noticeably differently from the original"),
@@ -41,10 +41,12 @@ def three(value: int | float) -> str:
 
 
 def nats(value: int | float | None) -> str:
-    """A KL with four decimals, or as many as it takes to show two digits."""
+    """A KL with four decimals, or as many (up to eight) as it takes to show two digits."""
     if value is None or not math.isfinite(value):
         return "n/a"
-    return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
+    if abs(value) >= 0.001 or value == 0:
+        return f"{value:.4f}"
+    return f"{value:.{min(1 - math.floor(math.log10(abs(value))), 8)}f}"
 
 
 def percent(share: int | float | None) -> str:

@@ -30,9 +30,9 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(4, 12, False, 0, 1, 4, 2, (2, 64)),
-    "balanced": Effort(32, 48, True, 2, 3, 8, 4, (2, 128)),
-    "max": Effort(96, 128, True, 4, 6, 16, 8, (4, 128)),
+    "quick": Effort(4, 12, False, 0, 1, 4, 2, (4, 64)),
+    "balanced": Effort(32, 48, True, 2, 3, 8, 4, (8, 64)),
+    "max": Effort(96, 128, True, 4, 6, 16, 8, (16, 64)),
 }
 
 

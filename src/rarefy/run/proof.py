@@ -53,9 +53,12 @@ def reopened(exported: Path) -> Model:
 @torch.no_grad()
 def in_runtime(model: Model, exported: Path, evaluation: Tensor, windows: int, positions: int,
                stage: Stage) -> dict[str, Any]:
-    """The same in llama.cpp, on the last ``positions`` of a few windows; TargetError when it disagrees."""
+    """The same in llama.cpp, at ``positions`` spread evenly over each window.
+
+    TargetError when llama.cpp computes something else from the file than we do.
+    """
     tokens = evaluation[:windows]
-    places = list(range(tokens.shape[1] - positions, tokens.shape[1]))
+    places = torch.linspace(0, tokens.shape[1] - 1, min(positions, tokens.shape[1])).long().tolist()
     original = final_states(Runner(model), tokens)[:, places]
     ours = Runner(reopened(exported))
     exported_final = final_states(ours, tokens)[:, places]
