@@ -161,7 +161,7 @@ def test_completions_part_where_they_differ(receipt: dict[str, Any]) -> None:
 
 
 def test_many_empty_lines_are_counted_instead(receipt: dict[str, Any]) -> None:
-    receipt["completions"] = [{"prompt": "p", "original": "a" + "\n" * 9 + "b", "compressed": "a\n\nb"}]
+    receipt["completions"] = [{"prompt": "p", "original": "a" + "\n" * 9 + "b", "compressed": "c"}]
     html = render(receipt)
     assert "[8 empty lines]" in html
     assert "\n\n\n\n" not in html
