@@ -33,7 +33,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "match"), [
     ("model: x\nstep: []", r"unknown key 'step'; did you mean 'steps'|steps"),
-    ("model: x\nsteps:\n- {technique: gptq, were: '*'}", r"unknown key 'steps\.0\.were'; did you mean 'where'"),
+    ("model: x\nsteps:\n- {technique: gptq, were: '*'}", r"unknown key .*were'; did you mean 'where'"),
     ("model: x\nsteps: []", "steps"),
     ("steps:\n- {technique: gptq}", "model"),
     ("model: [", "not YAML"),
@@ -52,7 +52,7 @@ def test_mistakes_are_named(text: str, match: str, tmp_path: Path) -> None:
     (Step("gptq", ("role:emebd",), {}, "Q4_0"), "did you mean 'role:embed'"),
     (Step("gptq", ("*",), {}, "Q4_K"), "cannot store rows of 128 weights; choose one of"),
 ])
-def test_what_means_nothing_here_is_refused_before_any_work(step: Step, match: str, tiny_gemma3: Path) -> None:
+def test_what_means_nothing_is_refused_before_any_work(step: Step, match: str, tiny_gemma3: Path) -> None:
     with pytest.raises(RecipeError, match=match):
         plan_of(open_model(tiny_gemma3), Recipe("x", (step,)))
 

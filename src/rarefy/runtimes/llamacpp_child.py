@@ -3,7 +3,8 @@
 Two packages carry llama.cpp: ``llama-cpp-python`` (built on the user's machine, hence fast) and
 ``xllamacpp`` (a prebuilt wheel). Both export llama.cpp's own C functions, so one small binding serves
 both, and it gives what neither Python interface does cheaply: the logits of every position of a window
-from a single pass. llama.cpp's parameter structs change from version to version; they are passed
+from a single pass, where the server of xllamacpp takes a request and a sort of the vocabulary for each.
+llama.cpp's parameter structs change from version to version; they are passed
 through unread, as the library's own defaults, except for the context length, which opens its struct.
 
 Protocol: requests are lines of JSON on standard input. An answer is a line of JSON on the standard
@@ -262,7 +263,7 @@ def answer(loaded: Loaded, request: dict[str, Any], send: Callable[..., None]) -
             positions = request["positions"]
             for tokens in request["tokens"]:
                 table = loaded.window(tokens, positions)
-                send({"shape": table.shape}, table.tobytes())
+                send({"shape": table.shape}, memoryview(table).cast("B"))
         case "generate":
             for token in loaded.generate(request["prompt"], request["most"]):
                 send({"token": token}, loaded.piece(token))
@@ -276,8 +277,9 @@ def answer(loaded: Loaded, request: dict[str, Any], send: Callable[..., None]) -
 
 
 def serve(library: str, path: str, threads: int, requests: BinaryIO, answers: BinaryIO) -> int:
-    def send(header: dict[str, Any], payload: bytes = b"") -> None:
-        answers.write(json.dumps({**header, "bytes": len(payload)}).encode() + b"\n" + payload)
+    def send(header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+        answers.write(json.dumps({**header, "bytes": len(payload)}).encode() + b"\n")
+        answers.write(payload)
         answers.flush()
 
     try:

@@ -87,13 +87,12 @@ class _Descent:
         for g in range(columns // group):
             P = slice(g * group, (g + 1) * group)
             gradient = self.H[P] @ self.residual
-            if move_scales:
+            if move_scales and not self._tied_zero():
                 self._move_scale(g, P, gradient)
-                if self.zero is not None and self.grid.zero is not None and not self.grid.zero.relative:
+                if self.zero is not None:
                     self._move_zero(g, P, gradient)
             self._move_codes(g, P, gradient)
-        if move_scales:
-            self._settle()
+        self._settle()
 
     def _levels(self, P: slice) -> Tensor:
         levels = level_of(self.codes[P], self.grid)
@@ -102,8 +101,6 @@ class _Descent:
     def _move_scale(self, g: int, P: slice, gradient: Tensor) -> None:
         """Best step of one group's scale along its levels, rounded to what the format can store."""
         levels = self._levels(P)
-        if self.grid.zero is not None and self.grid.zero.relative:
-            return  # the zero moves with the scale; codes alone descend
         bent = self.H[P, P] @ levels
         slope, curvature = (levels * gradient).sum(0), (levels * bent).sum(0)
         wanted = self.scale[g] + slope / curvature.clamp_min(TINY)
@@ -151,11 +148,12 @@ class _Descent:
     def _settle(self) -> None:
         """Write the scales and zeros that moved back into their stored form."""
         self.stored_scale = _stored(self.scale.T, self.stored_scale, self.grid.scale)
-        if self.stored_zero is not None and self.zero is not None and not self._relative():
+        if self.stored_zero is not None and self.zero is not None and not self._tied_zero():
             assert self.grid.zero is not None
             self.stored_zero = _stored(self.zero.T, self.stored_zero, self.grid.zero)
 
-    def _relative(self) -> bool:
+    def _tied_zero(self) -> bool:
+        """An integer zero point moves with the scale: then both stay, and codes alone descend."""
         return self.grid.zero is not None and self.grid.zero.relative
 
 
