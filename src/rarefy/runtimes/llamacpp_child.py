@@ -263,7 +263,7 @@ def answer(loaded: Loaded, request: dict[str, Any], send: Callable[..., None]) -
             positions = request["positions"]
             for tokens in request["tokens"]:
                 table = loaded.window(tokens, positions)
-                send({"shape": table.shape}, memoryview(table).cast("B"))
+                send({"shape": table.shape}, table.data.cast("B"))
         case "generate":
             for token in loaded.generate(request["prompt"], request["most"]):
                 send({"token": token}, loaded.piece(token))
