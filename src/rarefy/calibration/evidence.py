@@ -35,7 +35,7 @@ from rarefy.models.map import Site
 from rarefy.models.runner import Context, Runner
 
 BATCH = 4  # windows that pass through a block at once
-SLAB = 64  # positions whose logits exist at once
+SLAB = 256  # positions whose logits exist at once: the head is decoded anew for each slab
 Advance = Callable[[int, int], None]
 
 

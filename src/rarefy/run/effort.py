@@ -31,7 +31,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(4, 10, False, 0, 1, 4, 2, (4, 64)),
-    "balanced": Effort(16, 40, True, 1, 2, 8, 4, (8, 64)),
+    "balanced": Effort(8, 40, True, 1, 2, 8, 4, (8, 64)),
     "max": Effort(96, 128, True, 4, 6, 16, 8, (16, 64)),
 }
 
