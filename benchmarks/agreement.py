@@ -44,6 +44,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "agreement.md"
 FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4", "Q2_0",
            "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K")
 WINDOWS, LENGTH, STRIDE = 2, 512, 4
+FLOORS = ("numerics", "core", "formats", "techniques", "models", "export", "runtimes")  # what decides it
 CHUNK = 32  # positions whose distributions are held in float64 at once
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -185,8 +186,8 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]
     text = options.data / "wikitext2" / "test.raw.txt"
     model, ledger = open_model(folder), Ledger(options.work / "agreement.json")
     tokens = windows(model, text)
-    identity = fingerprint(sha256(folder / "model.safetensors"), sha256(text), source_sha256(), runtime(),
-                           WINDOWS, LENGTH, STRIDE)
+    identity = fingerprint(sha256(folder / "model.safetensors"), sha256(text), source_sha256(*FLOORS),
+                           runtime(), WINDOWS, LENGTH, STRIDE)
     for name in FORMATS:
         key = f"{name} {identity}"
         found = ledger.get(key)

@@ -88,9 +88,12 @@ def folder_sha256(folder: Path, pattern: str = "*") -> str:
     return digest.hexdigest()
 
 
-def source_sha256() -> str:
-    """Hash of the package's own source: a cached result of another source is not this one's."""
-    return folder_sha256(Path(__file__).parent.parent / "src" / "rarefy", "*.py")
+def source_sha256(*floors: str) -> str:
+    """Hash of the package's own source, or of some floors: a result of another source is not this one's."""
+    source = Path(__file__).parent.parent / "src" / "rarefy"
+    if not floors:
+        return folder_sha256(source, "*.py")
+    return fingerprint(*(folder_sha256(source / floor, "*.py") for floor in floors))
 
 
 class Ledger:
