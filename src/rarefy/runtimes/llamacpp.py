@@ -3,7 +3,8 @@
 Everything happens in a fresh child process (``llamacpp_child``): a file that makes the library abort is
 an error message here, and memory is the runtime's alone. ``llama-cpp-python`` is preferred when it is
 installed (built natively, so its speed is the user's), else the prebuilt ``xllamacpp``; both carry the
-same C library and one binding serves both.
+same C library and one binding serves both. Tried on Linux with xllamacpp 2026.6, 2026.9 and 2026.10; a
+build of llama-cpp-python was not at hand, its library is found and bound by the same names.
 
     with Session(path) as session:
         for table in session.distributions(tokens, positions): ...   # log-probabilities, window by window
