@@ -9,7 +9,7 @@ that leaf. The technique returns a new node of the same shape; it never sees the
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rarefy.core.errors import EditError
-from rarefy.core.nodes import Masked, Node, Product, Shared, Sum, with_children
+from rarefy.core.nodes import Masked, Node, Product, Sum
 from rarefy.core.nouns import Evidence, Receipt, relative_error
 
 
@@ -143,10 +143,3 @@ def leaves(node: Node) -> tuple[Node, ...]:
     """Every leaf below ``node``, left to right."""
     below = node.children()
     return (node,) if not below else tuple(leaf for child in below for leaf in leaves(child))
-
-
-def replace_shared(node: Node, path: str, of: Node) -> Node:
-    """The tree with every reference to the weight stored at ``path`` pointing at ``of``."""
-    if isinstance(node, Shared):
-        return replace(node, of=of) if node.path == path else node
-    return with_children(node, tuple(replace_shared(child, path, of) for child in node.children()))

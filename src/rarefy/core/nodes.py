@@ -255,18 +255,3 @@ class Shared(Node):
 
     def select(self, axis: int, index: Tensor) -> Node:
         raise ValueError(f"a shared weight is edited where it is stored: {self.path}")
-
-
-def with_children(node: Node, children: tuple[Node, ...]) -> Node:
-    """The same node over other children."""
-    match node:
-        case Masked(keep=keep):
-            return Masked(keep, children[0])
-        case Product():
-            return Product(*children)
-        case Sum():
-            return Sum(children)
-        case _:
-            if children:
-                raise TypeError(f"{type(node).__name__} is a leaf")
-            return node

@@ -12,7 +12,6 @@ hashes, settings, seed, versions). With another key the old journal is of no use
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -157,8 +156,3 @@ def written(path: Path) -> Iterator[None]:
             raise OutputError(f"{path}: the disk is full; free some space and run the same command again, "
                               "it resumes") from None
         raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another -o") from None
-
-
-def digest(value: bytes) -> str:
-    """SHA-256 in hexadecimal."""
-    return hashlib.sha256(value).hexdigest()
