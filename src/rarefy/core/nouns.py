@@ -202,10 +202,3 @@ class Receipt:
     seconds: float
     format: str = ""
     note: str = ""
-
-
-def relative_error(target: Tensor, dense: Tensor, evidence: Evidence) -> float:
-    """tr(D H D^T) / tr(W H W^T): the share of the output's energy that an edit loses."""
-    energy = evidence.error(target)
-    return evidence.error(target - dense) / energy if energy > 0 else float(
-        torch.linalg.vector_norm(target - dense) > 0)
