@@ -154,8 +154,8 @@ def test_map_of_a_large_model_stays_light(receipt: dict[str, Any]) -> None:
 
 def test_completions_part_where_they_differ(receipt: dict[str, Any]) -> None:
     html = render(receipt)
-    assert "Paris. It is the largest city in<mark> the country" in html
-    assert "Paris. It is the largest city in<mark> France" in html
+    assert "Paris. It is the largest city in <mark>the country" in html
+    assert "Paris. It is the largest city in <mark>France" in html
     assert len(re.findall("return fibonacci", html)) == 2
     assert "<mark>\n    if" not in html
 

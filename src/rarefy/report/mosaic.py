@@ -90,7 +90,7 @@ def mosaic(plan: list[dict[str, Any]], file_bytes: int, tied: bool) -> Mosaic:
         tall = height * row["bytes"] / total
         cells.append(_slab(y, tall, styles[row["format"]], words.role(row["role"], tied), _title(row),
                            f"{_shape(row)}, {row['format']}, {words.size(row['bytes'])}"))
-        captions.append(_share(y + tall / 2, words.ROLES.get(row["role"], row["role"]), row["bytes"] / total))
+        captions.append(_share(y, tall, words.ROLES.get(row["role"], row["role"]), row["bytes"] / total))
         y += tall
     if body:
         tall = height * share
@@ -103,7 +103,7 @@ def mosaic(plan: list[dict[str, Any]], file_bytes: int, tied: bool) -> Mosaic:
         y += 18 if body else 0  # the block numbers stand between
         cells.append(_slab(y, tall, "rest", "tokenizer, norms and header", f"the rest, {words.size(rest)}",
                            words.size(rest)))
-        captions.append(_share(y + tall / 2, "the rest", rest / total))
+        captions.append(_share(y, tall, "the rest", rest / total))
         y += tall
     return Mosaic(GUTTER + WIDTH, y, tuple(cells), _apart(captions), legend)
 
@@ -113,8 +113,11 @@ def _slab(y: float, tall: float, style: str, name: str, title: str, detail: str)
     return Cell(GUTTER, y, WIDTH, tall, style, name if tall >= 17 else "", title, detail)
 
 
-def _share(y: float, name: str, share: float) -> Caption:
-    return Caption(GUTTER - 10, y, name, words.percent(share))
+def _share(y: float, tall: float, name: str, share: float) -> Caption:
+    """Name and share of a strip, in two lines where it is high enough."""
+    if tall < 34:
+        return Caption(GUTTER - 10, y + tall / 2, f"{name}, {words.percent(share)}")
+    return Caption(GUTTER - 10, y + tall / 2 - 8, name, words.percent(share))
 
 
 def _blocks(body: list[dict[str, Any]], top: float, tall: float, styles: dict[str, str], *,

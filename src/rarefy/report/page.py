@@ -208,11 +208,12 @@ def _pair(completion: dict[str, str]) -> dict[str, Any]:
     original, now = completion.get("original") or "", completion.get("compressed") or ""
     shared = next((i for i, (a, b) in enumerate(zip(original, now, strict=False)) if a != b),
                   min(len(original), len(now)))
-    if shared < max(len(original), len(now)):  # part between words, not inside one
-        shared = max(original.rfind(" ", 0, shared + 1), original.rfind("\n", 0, shared + 1), 0)
-    return {"prompt": completion.get("prompt") or "", "original": _squeezed(original[shared:]),
-            "now": _squeezed(now[shared:]),
-            "shared": _squeezed(original[:shared].removeprefix(" " if original[:1] == " " else "\n"))}
+    ends = original[shared:shared + 1], now[shared:shared + 1]
+    if all(end and not end.isspace() for end in ends):  # part between words, not inside one
+        shared = max(original.rfind(space, 0, shared) for space in " \n") + 1
+    start = _squeezed(re.sub(r"^(\n| (?=\S|$))", "", original[:shared]))
+    return {"prompt": completion.get("prompt") or "", "shared": start,
+            "original": _squeezed(original[shared:].rstrip()), "now": _squeezed(now[shared:].rstrip())}
 
 
 def _squeezed(text: str) -> str:
