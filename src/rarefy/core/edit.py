@@ -30,7 +30,8 @@ class Leaf:
     target: what this leaf should stand for, [out, in] float32, dropped weights included, so that error
     feedback repairs the damage of dropping them. keep: where masks above let weights through (None:
     everywhere); elsewhere the leaf counts as zero whatever it holds. evidence: what arrives at this leaf
-    (None: none was collected).
+    (None: none was collected). kernel: the axes that a row is flattened from, ``(in, height, width)`` for a
+    convolution (empty: a row is a row).
     """
 
     site: str
@@ -38,6 +39,7 @@ class Leaf:
     target: Float[Tensor, "out in_"]
     keep: Bool[Tensor, "out in_"] | None
     evidence: Evidence | None
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +61,9 @@ class Technique(Protocol):
 
 
 def edit(site: str, tree: Node, original: Tensor, technique: Technique, name: str,
-         evidence: Evidence | None, generator: torch.Generator) -> tuple[Node, Receipt]:
-    """Apply ``technique`` to every leaf of ``tree`` that it can edit.
+         evidence: Evidence | None, generator: torch.Generator,
+         kernel: tuple[int, ...] = ()) -> tuple[Node, Receipt]:
+    """Apply ``technique`` to every leaf of ``tree`` that it can edit; ``kernel`` as in ``Leaf``.
 
     Returns the new tree, of the same shape, and a receipt. Raises EditError when the technique needs
     evidence that is missing, or finds nothing to edit.
@@ -71,7 +74,7 @@ def edit(site: str, tree: Node, original: Tensor, technique: Technique, name: st
                             "pass calibration data or a data-free technique")
     started = time.perf_counter()
     walk = _Walk(site, technique, generator)
-    after = walk.node(tree, original, None, evidence)
+    after = walk.node(tree, original, None, evidence, kernel)
     if walk.edited == 0:
         kinds = ", ".join(kind.__name__ for kind in technique.edits)
         raise EditError(f"{site}: {name} edits {kinds} and found none in {_outline(tree)}")
@@ -90,29 +93,40 @@ class _Walk:
         self.edited = 0
         self.notes: list[str] = []
 
-    def node(self, node: Node, target: Tensor, keep: Tensor | None,
-             evidence: Evidence | None) -> Node:
+    def node(self, node: Node, target: Tensor, keep: Tensor | None, evidence: Evidence | None,
+             kernel: tuple[int, ...] = ()) -> Node:
         if isinstance(node, self.technique.edits):
             self.edited += 1
-            done = self.technique.rewrite(Leaf(self.site, node, target, keep, evidence), self.generator)
+            leaf = Leaf(self.site, node, target, keep, evidence, kernel)
+            done = self.technique.rewrite(leaf, self.generator)
             if done.note:
                 self.notes.append(done.note)
             return done.node
         match node:
             case Masked(keep=own, inner=inner):
                 both = own if keep is None else own & keep
-                return Masked(own, self.node(inner, target, both, evidence))
+                match self.node(inner, target, both, evidence, kernel):
+                    case Masked(keep=further, inner=rest):  # two masks in a row are one
+                        return Masked(own & further, rest)
+                    case after:
+                        return Masked(own, after)
             case Sum(terms=terms):
-                for index in range(len(terms)):
-                    rest = sum((t.dense() for k, t in enumerate(terms) if k != index),
-                               torch.zeros_like(target))
-                    new = self.node(terms[index], target - rest, keep, evidence)
-                    terms = (*terms[:index], new, *terms[index + 1:])
-                return Sum(terms)
+                for index, term in enumerate(terms):
+                    wanted = node.fitted(index, target)
+                    node = _with_child(node, index, self.node(term, wanted, keep, evidence, kernel))
+                return node
             case Product(left=left, right=right):
                 return self._product(left, right, target, evidence)
             case _:
-                return node
+                return self._factors(node, target)
+
+    def _factors(self, node: Node, target: Tensor) -> Node:
+        """The factors of a tensor decomposition, each fitted to what the others leave, in their own metric."""
+        for index, child in enumerate(node.children()):
+            wanted = node.fitted(index, target)
+            plain = Evidence(torch.eye(wanted.shape[1]), 1)
+            node = _with_child(node, index, self.node(child, wanted, None, plain))
+        return node
 
     def _product(self, left: Node, right: Node, target: Tensor,
                  evidence: Evidence | None) -> Node:
@@ -121,10 +135,8 @@ class _Walk:
         left: argmin_L ||(L R - T) X||, that is T H R^T (R H R^T)^+; right: argmin_R ||L R - T|| = L^+ T.
         The right factor goes first, so the left one, fitted in the outputs' metric, has the last word.
         """
-        before = left.dense()
-        # in float64, so that what LAPACK leaves to chance lies below the bits that are kept
-        fitted = (torch.linalg.pinv(before.double()) @ target.double()).float()
-        right = self.node(right, fitted, None, None if evidence is None else evidence.before(before))
+        fitted = Product(left, right).fitted(1, target)
+        right = self.node(right, fitted, None, None if evidence is None else evidence.before(left.dense()))
         matrix = right.dense()
         gram = torch.eye(matrix.shape[1]) if evidence is None else evidence.gram
         inner = (matrix @ gram @ matrix.T).double()
@@ -132,6 +144,11 @@ class _Walk:
         left = self.node(left, wanted.float(), None,
                          None if evidence is None else evidence.through(matrix))
         return Product(left, right)
+
+
+def _with_child(node: Node, index: int, child: Node) -> Node:
+    children = node.children()
+    return node.rebuilt((*children[:index], child, *children[index + 1:]))
 
 
 def relative_error(original: Tensor, tree: Node, evidence: Evidence) -> float:
@@ -142,7 +159,7 @@ def relative_error(original: Tensor, tree: Node, evidence: Evidence) -> float:
     lost = energy = 0.0
     for rows in torch.arange(original.shape[0]).tensor_split(-(-original.numel() // CHUNK)):
         part = original[rows]
-        lost += evidence.error(part - tree.select(0, rows).dense())
+        lost += evidence.error(part - tree.rows(rows))
         energy += evidence.error(part)
     return lost / energy if energy > 0 else float(lost > 0)
 

@@ -40,9 +40,25 @@ class Node:
         """The node that keeps only ``index`` (int64) along ``axis``."""
         raise NotImplementedError
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Some rows of ``dense()``, without the others where the node can."""
+        return self.select(0, index).dense()
+
+    def kept_bits(self, keep: Tensor) -> int:
+        """Bits that storing this node takes where only the entries under ``keep`` matter."""
+        return self.bits()
+
     def children(self) -> tuple[Node, ...]:
         """The weight nodes directly below, in a fixed order; empty for a leaf."""
         return ()
+
+    def rebuilt(self, children: tuple[Node, ...]) -> Node:
+        """This node with other children, of the same shapes and in the same order."""
+        return self
+
+    def fitted(self, index: int, target: Tensor) -> Tensor:
+        """The value of child ``index`` with which this node stands best for ``target``, the others fixed."""
+        raise NotImplementedError
 
 
 @final
@@ -61,6 +77,9 @@ class Dense(Node):
 
     def bits(self) -> int:
         return self.values.numel() * self.values.element_size() * 8
+
+    def kept_bits(self, keep: Tensor) -> int:
+        return int(keep.sum()) * self.values.element_size() * 8
 
     def select(self, axis: int, index: Tensor) -> Dense:
         return Dense(self.values.index_select(axis, index))
@@ -115,6 +134,9 @@ class Quantized(Node):
     def bits(self) -> int:
         return (self.codes.numel() * self.grid.code_bits + self.scale.bits()
                 + (0 if self.zero is None else self.zero.bits()))
+
+    def kept_bits(self, keep: Tensor) -> int:
+        return self.bits() - int((~keep).sum()) * self.grid.code_bits
 
     def select(self, axis: int, index: Tensor) -> Quantized:
         if axis == 0:
@@ -172,13 +194,19 @@ class Masked(Node):
         return torch.where(self.keep, self.inner.dense(), 0.0)
 
     def bits(self) -> int:
-        return self.keep.numel() + self.inner.bits()
+        return self.keep.numel() + self.inner.kept_bits(self.keep)
+
+    def kept_bits(self, keep: Tensor) -> int:
+        return self.keep.numel() + self.inner.kept_bits(self.keep & keep)
 
     def select(self, axis: int, index: Tensor) -> Masked:
         return Masked(self.keep.index_select(axis, index), self.inner.select(axis, index))
 
     def children(self) -> tuple[Node, ...]:
         return (self.inner,)
+
+    def rebuilt(self, children: tuple[Node, ...]) -> Masked:
+        return replace(self, inner=children[0])
 
 
 @final
@@ -207,6 +235,14 @@ class Product(Node):
     def children(self) -> tuple[Node, ...]:
         return (self.left, self.right)
 
+    def rebuilt(self, children: tuple[Node, ...]) -> Product:
+        return Product(*children)
+
+    def fitted(self, index: int, target: Tensor) -> Tensor:
+        # in float64, so that what LAPACK leaves to chance lies below the bits that are kept
+        other = torch.linalg.pinv(self.children()[1 - index].dense().double())
+        return (target.double() @ other if index == 0 else other @ target.double()).float()
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -233,6 +269,13 @@ class Sum(Node):
 
     def children(self) -> tuple[Node, ...]:
         return self.terms
+
+    def rebuilt(self, children: tuple[Node, ...]) -> Sum:
+        return Sum(children)
+
+    def fitted(self, index: int, target: Tensor) -> Tensor:
+        return target - sum((term.dense() for k, term in enumerate(self.terms) if k != index),
+                            torch.zeros_like(target))
 
 
 @final

@@ -137,9 +137,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a target could store one site: a grid of codes or a floating dtype, and the exact bytes."""
+    """How a target could store one site: a grid of codes or a floating dtype, and the exact bytes.
 
-    stored: Grid | torch.dtype
+    stored None: as any tree, at the bits that the tree counts (``bytes`` is then meaningless).
+    """
+
+    stored: Grid | torch.dtype | None
     bytes: int
 
 
