@@ -31,7 +31,8 @@ class Leaf:
     feedback repairs the damage of dropping them. keep: where masks above let weights through (None:
     everywhere); elsewhere the leaf counts as zero whatever it holds. evidence: what arrives at this leaf
     (None: none was collected). kernel: the axes that a row is flattened from, ``(in, height, width)`` for a
-    convolution (empty: a row is a row).
+    convolution (empty: a row is a row). sampled_from: the rows of the whole weight when a planner looks at a
+    sample of them (0: these are all).
     """
 
     site: str
@@ -40,6 +41,7 @@ class Leaf:
     keep: Bool[Tensor, "out in_"] | None
     evidence: Evidence | None
     kernel: tuple[int, ...] = ()
+    sampled_from: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ def sample(site: str, weight: Tensor, evidence: Evidence, generator: torch.Gener
     index = torch.searchsorted(edges, ticks * edges[-1]).clamp_max(weight.shape[0] - 1)
     rows = weight[index]
     return Leaf(site, Dense(rows), rows, None,
-                replace(evidence, fisher=torch.full((ROWS,), total / ROWS)))
+                replace(evidence, fisher=torch.full((ROWS,), total / ROWS)), sampled_from=weight.shape[0])
 
 
 def frontier(options: Iterable[Option]) -> list[Option]:
