@@ -7,13 +7,15 @@ store that: a hash function of the position says it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rarefy.core.nodes import Node
+from rarefy.numerics.coding import code_symbols
 
 PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393)  # those of xxHash32
 WORD = 0xFFFFFFFF
@@ -42,13 +44,22 @@ class Clustered(Node):
         return values.reshape(self.index.shape[0], self.index.shape[1] * d)
 
     def bits(self) -> int:
-        return self._book_bits() + self.index.numel() * self._width()
+        return self._bits
 
-    def _book_bits(self) -> int:
-        return self.codebook.numel() * self.codebook.element_size() * 8
+    def kept_bits(self, keep: Tensor) -> int:
+        return self._coded_bits(self.index[self.used(keep)])
 
-    def _width(self) -> int:
-        return max(1, (self.codebook.shape[1] - 1).bit_length())
+    def used(self, keep: Bool[Tensor, "out in_"]) -> Bool[Tensor, "out places"]:
+        """The places of which anything is kept."""
+        return keep.view(*self.index.shape, -1).any(2)
+
+    @cached_property
+    def _bits(self) -> int:
+        return self._coded_bits(self.index)
+
+    def _coded_bits(self, index: Tensor) -> int:
+        book = self.codebook.numel() * self.codebook.element_size() * 8
+        return book + 8 * len(code_symbols(index, self.codebook.shape[1]))
 
     def select(self, axis: int, index: Tensor) -> Clustered:
         if axis == 0:

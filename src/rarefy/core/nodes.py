@@ -10,12 +10,14 @@ Weights are written "out in": a linear layer computes ``y = W x``; an embedding 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from rarefy.numerics.coding import code_mask
 from rarefy.numerics.grids import Grid, Stored
 from rarefy.numerics.rounding import Fit, Number
 
@@ -194,10 +196,18 @@ class Masked(Node):
         return torch.where(self.keep, self.inner.dense(), 0.0)
 
     def bits(self) -> int:
-        return self.keep.numel() + self.inner.kept_bits(self.keep)
+        return self._bits
 
     def kept_bits(self, keep: Tensor) -> int:
-        return self.keep.numel() + self.inner.kept_bits(self.keep & keep)
+        return self._mask_bits + self.inner.kept_bits(self.keep & keep)
+
+    @cached_property
+    def _bits(self) -> int:
+        return self._mask_bits + self.inner.kept_bits(self.keep)
+
+    @cached_property
+    def _mask_bits(self) -> int:
+        return 8 * len(code_mask(self.keep))
 
     def select(self, axis: int, index: Tensor) -> Masked:
         return Masked(self.keep.index_select(axis, index), self.inner.select(axis, index))
