@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,16 @@ from torch import Tensor, nn
 from rarefy.core.errors import ModelError, did_you_mean
 from rarefy.formats.gguf import read_gguf
 from rarefy.models.families import Family, family_of, family_of_gguf
+from rarefy.models.folders import (
+    HUB_ID,
+    PICKLES,
+    check_names,
+    check_tie,
+    download,
+    read_config,
+    read_tokenizer,
+    refuse_quantized,
+)
 from rarefy.models.map import ModelMap, map_model
 from rarefy.models.sources import GgufSource, ModuleSource, SafetensorsSource, Source, in_one_line, read_json
 
@@ -52,7 +61,7 @@ class Model:
         config = getattr(module, "config", None)
         if config is None or not hasattr(config, "model_type"):
             raise ModelError(f"{type(module).__name__}: not a transformers model (it has no config)")
-        _refuse_quantized(name, config.to_dict())
+        refuse_quantized(name, config.to_dict())
         return cls(name, family_of(config.model_type), config, ModuleSource(module), lambda: tokenizer)
 
     @property
@@ -146,40 +155,15 @@ def _expected(name: str, family: Family, config: Any) -> tuple[dict[str, tuple[i
 
 def _check_names(name: str, source: Source, shapes: dict[str, tuple[int, ...]], family: Family,
                  tied: bool) -> None:
-    """Every expected tensor is there, with the config's shape, stored as floats; nothing else is."""
+    """Every expected tensor and nothing else, but that a tied head may be stored as well."""
     found = set(source.names())
     head, embed = f"{family.head}.weight", f"{family.embed}.weight"
     if tied and head in found:
         found.remove(head)
-        _check_tie(name, source, head, embed)
-    missing = [path for path in shapes if path not in found]
-    if missing:
-        raise ModelError(f"{name}: weight {missing[0]} is missing{_others(missing)}; the files are "
-                         "incomplete or belong to another config.json")
-    unexpected = sorted(found - set(shapes))
-    if unexpected:
-        raise ModelError(f"{name}: unexpected weight {unexpected[0]}{_others(unexpected)}; "
-                         "config.json disagrees with the weights, or this is another kind of model")
-    for path, shape in shapes.items():
-        if source.shape(path) != shape:
-            raise ModelError(f"{path}: the file holds shape {source.shape(path)}, config.json says {shape}; "
-                             "they belong to different models")
-
-
-def _others(paths: list[str]) -> str:
-    return f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-
-
-def _check_tie(name: str, source: Source, head: str, embed: str) -> None:
-    """A file that stores a tied head as well must store the same numbers."""
-    same = source.shape(head) == source.shape(embed)
-    step = 16384
-    for start in range(0, source.shape(head)[0] if same else 0, step):
-        part = slice(start, start + step)
-        same = same and torch.equal(source.rows(head, part), source.rows(embed, part))
-    if not same:
-        raise ModelError(f"{name}: config.json ties the head to the embedding, but {head} differs from "
-                         f"{embed}; set tie_word_embeddings to false if that is meant")
+        check_tie(name, source, head, embed,
+                  "config.json ties the head to the embedding, but {alias} differs from {owner}; "
+                  "set tie_word_embeddings to false if that is meant")
+    check_names(name, source, shapes, found)
 
 
 def _check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
@@ -190,14 +174,6 @@ def _check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
     if plain >= rows or len(tokenizer) < rows / 2:
         raise ModelError(f"{name}: wrong tokenizer: it has {len(tokenizer)} tokens, the embedding {rows} "
                          "rows; take the tokenizer that came with the model")
-
-
-def _refuse_quantized(name: str, config: dict[str, Any]) -> None:
-    quantized = config.get("quantization_config") or config.get("compression_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown"
-        raise ModelError(f"{name}: already quantized ({method}); compress the float original instead, "
-                         "what rounding lost does not come back")
 
 
 def open_model(ref: str | Path, *, dequantize: bool = False) -> Model:
@@ -211,7 +187,7 @@ def open_model(ref: str | Path, *, dequantize: bool = False) -> Model:
         return _open_gguf(_assemble(), BUILT_IN, dequantize=True)
     if path.is_dir():
         return _open_folder(path, path.resolve().name)
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+    if path.suffix in PICKLES:
         raise ModelError(f"{path}: pickled weights are refused, unpickling can run any code; "
                          "pass a folder with safetensors or a .gguf file")
     if path.suffix == ".gguf":
@@ -221,19 +197,19 @@ def open_model(ref: str | Path, *, dequantize: bool = False) -> Model:
     if path.is_file():
         raise ModelError(f"{path}: not a model; pass a folder with config.json and safetensors, or a .gguf "
                          "file")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(ref)):
-        return _open_folder(_download(str(ref)), str(ref))
+    if HUB_ID.fullmatch(str(ref)):
+        return _open_folder(download(str(ref)), str(ref))
     raise ModelError(f"{ref}: no such folder or file{did_you_mean(str(ref), [BUILT_IN])}; pass a folder, a "
                      f".gguf file, a Hugging Face id (owner/name) or the built-in {BUILT_IN}")
 
 
 def _open_folder(folder: Path, name: str) -> Model:
     raw = read_json(folder / "config.json")
-    _refuse_quantized(name, raw)
+    refuse_quantized(name, raw)
     family = family_of(raw.get("model_type", ""))
     config = _config(folder, name, family)
     source = SafetensorsSource(folder, family.canonical)
-    return Model(name, family, config, source, lambda: _tokenizer(folder, name))
+    return Model(name, family, config, source, lambda: read_tokenizer(folder, name))
 
 
 def _open_gguf(path: Path, name: str, dequantize: bool) -> Model:
@@ -279,37 +255,8 @@ def _sha256(path: Path) -> str:
 
 
 def _config(folder: Path, name: str, family: Family) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001  transformers raises whatever its field validators raise
-        raise ModelError(f"{name}: config.json is not a valid configuration ({in_one_line(error)}); take the "
-                         "one that came with the weights") from None
+    config = read_config(folder, name)
     if config.model_type == family.wrapper:
         warnings.warn(f"{name}: only the language part of this model is used", stacklevel=4)
         return config.text_config
     return config
-
-
-def _tokenizer(folder: Path, name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001  a dozen kinds, from missing files to Rust panics wrapped as Exception
-        raise ModelError(f"{name}: the tokenizer in {folder} cannot be loaded ({in_one_line(error)}); "
-                         "it needs tokenizer.json and tokenizer_config.json") from None
-
-
-def _download(ref: str) -> Path:
-    """The snapshot of a Hugging Face repository: configuration, tokenizer and safetensors, nothing else."""
-    from huggingface_hub import snapshot_download
-
-    wanted = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-              "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(ref, allow_patterns=wanted))
-    except Exception as error:  # noqa: BLE001  network, authentication, no such repository, no space
-        raise ModelError(f"{ref}: no folder of that name here, and the Hugging Face hub did not give it "
-                         f"({in_one_line(error)}); check the name and the network") from None
