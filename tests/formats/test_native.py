@@ -18,20 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from rarefy.core.codebooks import Clustered, Hashed
 from rarefy.core.errors import ModelError, OutputError, TargetError
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
+from rarefy.core.tensors import CP, TensorTrain, Tucker
 from rarefy.formats.ggml import CODECS
-from rarefy.formats.native import (
-    CHUNK,
-    CONFIG,
-    TREE,
-    WEIGHTS,
-    load_native,
-    pack_bits,
-    packed_size,
-    save_native,
-    unpack_bits,
-)
+from rarefy.formats.native import CHUNK, CONFIG, TREE, WEIGHTS, load_native, save_native
 from rarefy.numerics.grids import Grid, integer_grid
 
 GRIDS = [*(codec.grid for codec in CODECS.values() if codec.grid),
@@ -49,63 +41,124 @@ def mask(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.4
 
 
+def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 9).to(dtype)
+
+
+def clustered(shape: tuple[int, int], values: int, d: int, several: bool, seed: int) -> Clustered:
+    """Skewed indices, so that entropy coding has something to do."""
+    places = shape[1] // d
+    uniform = torch.rand((shape[0], places), generator=torch.Generator().manual_seed(seed))
+    index = (uniform**3 * values).to(torch.uint8 if values <= 256 else torch.int32)
+    return Clustered(normal((places if several else 1, values, d), seed, torch.float16), index)
+
+
 def random_tree(draw: Any, on_grid: Any, shape: tuple[int, int], depth: int) -> Node:
-    """Any node over any nodes, of that shape."""
-    kinds = ["dense", "quantized"] + (["masked", "product", "sum"] if depth else [])
-    seed = draw(st.integers(0, 9999))
+    """Any node over any nodes, of that shape; its columns are a multiple of 256."""
+    kinds = ["dense", "quantized", "clustered", "hashed"]
+    if depth:
+        kinds += ["masked", "masked", "product", "sum", "tucker", "cp", "train"]
+    seed, (rows, columns) = draw(st.integers(0, 9999)), shape
+
+    def matrix(*size: int) -> Dense:
+        return Dense(normal(size, seed))
+
     match draw(st.sampled_from(kinds)):
         case "dense":
             dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]))
-            return Dense((torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 9).to(dtype))
+            return Dense(normal(shape, seed, dtype))
         case "quantized":
-            fitting = [grid for grid in GRIDS if grid.block == 0 or shape[1] % grid.block == 0]
+            fitting = [grid for grid in GRIDS if grid.block == 0 or columns % grid.block == 0]
             return on_grid(draw(st.sampled_from(fitting)), *shape, seed)
+        case "clustered":
+            values, d = draw(st.sampled_from([1, 2, 13, 256, 300])), draw(st.sampled_from([1, 2, 4]))
+            return clustered(shape, values, d, draw(st.booleans()), seed)
+        case "hashed":
+            return Hashed(normal((draw(st.integers(1, 40)),), seed, torch.float16), seed, shape)
         case "masked":
-            return Masked(mask(shape, seed), random_tree(draw, on_grid, shape, depth - 1))
+            return Masked(drawn_mask(draw, shape, seed), random_tree(draw, on_grid, shape, depth - 1))
         case "product":
-            return Product(random_tree(draw, on_grid, (shape[0], 3), 0 if depth < 2 else 1),
-                           random_tree(draw, on_grid, (3, shape[1]), depth - 1))
+            return Product(random_tree(draw, on_grid, (rows, 256), 0),
+                           random_tree(draw, on_grid, (256, columns), 0))
+        case "tucker":
+            return Tucker(matrix(rows, 2), matrix(2, 3 * 4), matrix(columns // 4, 3), (2, 2))
+        case "cp":
+            return CP((matrix(rows, 3), matrix(columns // 4, 3), matrix(2, 3), matrix(2, 3)))
+        case "train":
+            cores = (matrix(rows, 16 * 3), matrix(3, columns // 16))
+            return TensorTrain(cores, (rows, 1), (16, columns // 16))
         case _:
             count = draw(st.integers(1, 3))
             return Sum(tuple(random_tree(draw, on_grid, shape, depth - 1) for _ in range(count)))
 
 
-def same(one: Node, other: Node) -> bool:
-    """The same tree: classes, grids, and every stored tensor bit for bit."""
+def drawn_mask(draw: Any, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """Nothing, all, rows, columns, 2:4, or here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(shape, generator=generator)
+    match draw(st.sampled_from(["none", "all", "rows", "columns", "2:4", "few", "many"])):
+        case "none" | "all" as how:
+            return torch.full(shape, how == "all")
+        case "rows":
+            return (noise[:, :1] > 0.5).expand(shape).contiguous()
+        case "columns":
+            return (noise[:1] > 0.5).expand(shape).contiguous()
+        case "2:4":
+            return (noise.view(-1, 4).argsort(1).argsort(1) < 2).view(shape)
+        case how:
+            return noise < (0.03 if how == "few" else 0.6)
+
+
+def same(one: Node, other: Node, keep: torch.Tensor | None = None) -> bool:
+    """The same tree: classes, grids, and every stored tensor bit for bit where masks let it through."""
     match one, other:
         case Dense(), Dense():
-            return identical(one.values, other.values)
+            return identical(one.values, other.values, keep)
         case Quantized(), Quantized():
             zeros = (one.zero is None and other.zero is None) or (
                 one.zero is not None and other.zero is not None and same(one.zero, other.zero))
-            return (zeros and one.grid == other.grid and identical(one.codes, other.codes)
+            return (zeros and one.grid == other.grid and identical(one.codes, other.codes, keep)
                     and same(one.scale, other.scale))
         case Masked(), Masked():
-            return identical(one.keep, other.keep) and same(one.inner, other.inner)
+            both = one.keep if keep is None else one.keep & keep
+            return identical(one.keep, other.keep) and same(one.inner, other.inner, both)
+        case Clustered(), Clustered():
+            return (identical(one.codebook, other.codebook)
+                    and identical(one.index, other.index, None if keep is None else one.used(keep)))
+        case Hashed(), Hashed():
+            return identical(one.buckets, other.buckets) and (one.seed, one.size) == (other.seed, other.size)
         case Shared(), Shared():
             return one.path == other.path and same(one.of, other.of)
         case _:
             below = list(zip(one.children(), other.children(), strict=True))
-            return type(one) is type(other) and bool(below) and all(same(a, b) for a, b in below)
+            plain = {name: value for name, value in vars(one).items() if isinstance(value, tuple | int)
+                     and not name.startswith("_") and value != one.children()}
+            return (type(one) is type(other) and bool(below) and all(same(a, b) for a, b in below)
+                    and all(getattr(other, name) == value for name, value in plain.items()))
 
 
-def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.dtype == other.dtype and one.shape == other.shape
-            and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)))
+def identical(one: torch.Tensor, other: torch.Tensor, keep: torch.Tensor | None = None) -> bool:
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    one, other = (each.reshape(-1).view(torch.uint8).view(-1, each.element_size()) for each in (one, other))
+    if keep is not None:
+        one, other = one[keep.reshape(-1)], other[keep.reshape(-1)]
+    return alike and torch.equal(one, other)
 
 
-def stream_bits(node: Node) -> list[int]:
-    """The bits of each stream of a tree, counted by the nodes themselves."""
+def stream_bits(node: Node, keep: torch.Tensor | None = None) -> list[int]:
+    """The bits of each stream of a tree, counted by the nodes themselves; ``keep``: by the masks above."""
+    bits = node.bits() if keep is None else node.kept_bits(keep)
     match node:
         case Quantized(scale=scale, zero=zero):
             rest = stream_bits(scale) + ([] if zero is None else stream_bits(zero))
-            return [node.bits() - sum(rest), *rest]
+            return [bits - sum(rest), *rest]
         case Masked(inner=inner):
-            return [node.bits() - inner.bits(), *stream_bits(inner)]
-        case Dense():
-            return [node.bits()]
-        case _:
+            both = node.keep if keep is None else node.keep & keep
+            return [bits - inner.kept_bits(both), *stream_bits(inner, both)]
+        case _ if node.children():
             return [bits for child in node.children() for bits in stream_bits(child)]
+        case _:
+            return [bits]
 
 
 def data_bytes(path: Path) -> int:
@@ -128,6 +181,7 @@ def test_bits_counted_are_bytes_written_and_the_tree_comes_back(
     assert written == data_bytes(folder / WEIGHTS) == sum(-(-count // 8) for count in bits)
     read = load_native(folder).trees["w"]
     assert same(tree, read)
+    assert read.bits() == tree.bits()
     assert np.array_equal(read.dense().numpy(), tree.dense().numpy(), equal_nan=True)
 
 
@@ -137,16 +191,6 @@ def test_every_grid(tmp_path: Path, on_grid: Any, grid: Grid) -> None:
     node = on_grid(grid, 8, 512, 5)
     assert save_native(tmp_path / "out", {"w": node}, {}, {}) * 8 == node.bits()
     assert same(load_native(tmp_path / "out").trees["w"], node)
-
-
-@given(bits=st.integers(1, 8), codes=st.lists(st.integers(0, 255), max_size=70))
-@settings(deadline=None)
-def test_bit_packing_against_longhand(bits: int, codes: list[int]) -> None:
-    codes = [code % (1 << bits) for code in codes]
-    packed = pack_bits(np.array(codes, np.uint8), bits)
-    number = sum(code << (bits * i) for i, code in enumerate(codes))
-    assert packed.tobytes() == number.to_bytes(packed_size(len(codes), bits), "little")
-    assert unpack_bits(packed, bits, len(codes)).tolist() == codes
 
 
 def test_long_streams_cross_chunks(tmp_path: Path, on_grid: Any) -> None:
@@ -165,7 +209,15 @@ def model(on_grid: Any) -> dict[str, Any]:
     return {
         "trees": {"lm_head.weight": Shared("embed.weight", embed), "embed.weight": embed,
                   "up.weight": Masked(mask((3, 64), 1), on_grid(CODECS["MXFP4"].grid, 3, 64)),
-                  "down.weight": on_grid(integer_grid(5, 32, symmetric=False), 3, 64)},
+                  "down.weight": on_grid(integer_grid(5, 32, symmetric=False), 3, 64),
+                  "book.weight": clustered((3, 64), 13, 1, False, 1),
+                  "many.weight": clustered((3, 64), 4, 4, True, 1),
+                  "hashed.weight": Hashed(torch.randn(10).half(), 7, (3, 64)),
+                  "tucker.weight": Tucker(*(Dense(torch.randn(size)) for size in ((5, 2), (2, 12), (7, 3))),
+                                          (2, 2)),
+                  "cp.weight": CP(tuple(Dense(torch.randn(s, 3)) for s in (3, 7, 2))),
+                  "train.weight": TensorTrain((Dense(torch.randn(3, 8)), Dense(torch.randn(2 * 2, 5))),
+                                              (3, 2), (4, 5))},
         "params": {"norm.weight": torch.randn(7).bfloat16(), "step": torch.tensor(3),
                    "bias": torch.randn(2, 3)},
         "config": {"model_type": "llama", "nested": {"rope": [1.0, None]}},
@@ -293,7 +345,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "bytes": (write(TREE, b"\xff\xfe"), "damaged"),
     "config": (write(CONFIG, b"[1]"), "expected an object"),
     "config text": (write(CONFIG, b"\xff"), "config.json: .*damaged"),
-    "version": (put(version=2), "version: .*of another version"),
+    "version": (put(version=3), "version: .*of another version"),
     "extra": (put(code="import os"), "code: Extra inputs"),
     "kind": (put("trees", "x", node="pickle"), "trees.x"),
     "blend": (write(WEIGHTS, bytes(99)), "is not the one that tree.json was written with"),
@@ -315,7 +367,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "chain": (lambda out: rewrite(out, shared_chain), "nested too deeply"),
     "deep": (deep, "damaged|nested too deeply"),
     "code": (lambda out: edit_weights(out, "up.weight:inner.codes", 0, 0xFF), "beyond the 15 levels"),
-    "bits": (lambda out: edit_weights(out, "odd:keep", -1, 0xFF), "bits are set behind the last code"),
+    "bits": (lambda out: edit_weights(out, "odd:keep", -1, 0xFF), "bits are set behind the last entry"),
+    "mask": (lambda out: edit_weights(out, "odd:keep", 0, 0xFF), "odd:keep: no coding of a mask"),
+    "index": (lambda out: edit_weights(out, "book.weight:index", 0, 0xFF), "no coding of symbols"),
+    "books": (put("trees", "book.weight", "codebook", shape=[13, 1, 1]), "codebook: expected F16"),
+    "book": (put("trees", "many.weight", shape=[3, 8]), "a codebook of .16, 4, 4. for 8 places"),
+    "places": (put("trees", "book.weight", shape=[3, 128]), "not exactly 384 symbols"),
+    "fewer": (put("trees", "book.weight", shape=[2, 64]), "not exactly 128 symbols"),
+    "bomb": (put("trees", "odd", shape=[2**20, 2**20]), "more than 256 weights per byte"),
+    "buckets": (put("trees", "hashed.weight", "buckets", shape=[5, 2]), "buckets: expected F16"),
+    "window": (put("trees", "tucker.weight", window=[3, 1]), "a core of .2, 12. between"),
+    "ranks": (put("trees", "cp.weight", "factors", 0, shape=[3, 4]), "factors of several ranks|expected F32"),
+    "digits": (put("trees", "train.weight", rows=[2, 3]), "a core of"),
 }
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from rarefy.core.nodes import Node
@@ -31,7 +31,7 @@ class Clustered(Node):
     """
 
     codebook: Float[Tensor, "books values d"]
-    index: Int[Tensor, "out places"]
+    index: Integer[Tensor, "out places"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,7 +104,8 @@ class Hashed(Node):
         return self.buckets.numel() * self.buckets.element_size() * 8
 
     def select(self, axis: int, index: Tensor) -> Node:
-        raise ValueError("rows and columns of a hashed weight cannot be kept one by one; select before hashing")
+        raise ValueError("rows and columns of a hashed weight cannot be kept one by one; "
+                         "select before hashing")
 
 
 def xxhash32(values: Int[Tensor, "*shape"], seed: int) -> Int[Tensor, "*shape"]:

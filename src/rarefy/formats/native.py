@@ -3,14 +3,19 @@
 A folder of three things and the files that came with the model:
 
     tree.json            which node stands where, its shape and grid; the hash of the weights
-    rarefy.safetensors   one tensor per stream of a leaf: codes at the grid's bits, masks at one bit
+    rarefy.safetensors   one tensor per stream of a leaf: codes at the grid's bits, masks and indices coded
     config.json          the model's configuration
 
 n codes of b bits take ceil(n * b / 8) bytes: code i sits at bits i*b .. i*b + b - 1 of the stream, lowest
-bit first. A stream's name is the path of the weight and the way down its tree, as in
+bit first. Masks and the indices of codebooks are coded as ``numerics.coding`` says. Under a mask only what
+is kept is stored, in the order of its places: values, codes, indices; scales and codebooks stay whole.
+
+A stream's name is the path of the weight and the way down its tree, as in
 ``model.norm.weight`` or ``lm_head.weight:scale.codes``, so tree.json cannot point anywhere else. Shared
 weights are stored once, where they belong. Reading is strict: nothing missing, nothing over, no code
-beyond its grid, and the hash must agree, so that what an interrupted copy left behind is refused.
+beyond its grid, and the hash must agree, so that what an interrupted copy left behind is refused; and
+weights cannot be more than ``WEIGHTS_PER_BYTE`` times as many as the bytes of the file, so a small file
+cannot fill the memory.
 transformers must not find weights that it would misread, hence the unusual file name.
 """
 
@@ -21,6 +26,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,12 +38,26 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rarefy.core.codebooks import Clustered, Hashed
 from rarefy.core.errors import ModelError, OutputError, TargetError
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
+from rarefy.core.tensors import CP, TensorTrain, Tucker
+from rarefy.numerics.coding import (
+    LARGEST,
+    code_mask,
+    code_symbols,
+    decode_mask,
+    decode_symbols,
+    pack_bits,
+    packed_size,
+    unpack_bits,
+)
 from rarefy.numerics.grids import Grid, Stored
 
 TREE, WEIGHTS, CONFIG = "tree.json", "rarefy.safetensors", "config.json"
 CHUNK = 1 << 20  # codes packed at once; a multiple of 8, so that chunks end on whole bytes
+WEIGHTS_PER_BYTE = 256  # no compression of use comes near it
+FREE = 1 << 24  # weights that any file may hold: a folder of a fully pruned layer is read, too
 
 # torch's dtype -> safetensors' name of it; what safetensors has no word for is stored as its bytes
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -58,7 +78,6 @@ class Native:
 
 # ---- what tree.json says
 
-# no axis is empty and no code is free, so that nothing read can be larger than eight times its file
 Shape = Annotated[tuple[PositiveInt, ...], Field(max_length=8)]
 
 
@@ -122,7 +141,43 @@ class SharedSpec(_Spec):
     path: str
 
 
-NodeSpec = Annotated[DenseSpec | QuantizedSpec | MaskedSpec | ProductSpec | SumSpec | SharedSpec,
+class ClusteredSpec(_Spec):
+    """shape: of the index. codebook: [books, values, d]."""
+
+    node: Literal["clustered"] = "clustered"
+    shape: tuple[PositiveInt, PositiveInt]
+    codebook: DenseSpec
+
+
+class HashedSpec(_Spec):
+    node: Literal["hashed"] = "hashed"
+    shape: tuple[PositiveInt, PositiveInt]
+    seed: int = Field(ge=0, lt=1 << 32)
+    buckets: DenseSpec
+
+
+class TuckerSpec(_Spec):
+    node: Literal["tucker"] = "tucker"
+    window: Shape
+    left: NodeSpec
+    core: NodeSpec
+    right: NodeSpec
+
+
+class CPSpec(_Spec):
+    node: Literal["cp"] = "cp"
+    factors: tuple[NodeSpec, ...] = Field(min_length=2, max_length=8)
+
+
+class TensorTrainSpec(_Spec):
+    node: Literal["tensor_train"] = "tensor_train"
+    rows: Shape
+    columns: Shape
+    cores: tuple[NodeSpec, ...] = Field(min_length=1, max_length=8)
+
+
+NodeSpec = Annotated[DenseSpec | QuantizedSpec | MaskedSpec | ProductSpec | SumSpec | SharedSpec
+                     | ClusteredSpec | HashedSpec | TuckerSpec | CPSpec | TensorTrainSpec,
                      Field(discriminator="node")]
 
 
@@ -130,7 +185,7 @@ class TreeFile(_Spec):
     """tree.json as a whole."""
 
     format: Literal["rarefy"] = "rarefy"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     sha256: str
     grids: tuple[GridSpec, ...]
     trees: dict[str, NodeSpec]
@@ -138,40 +193,8 @@ class TreeFile(_Spec):
     files: tuple[str, ...]
 
 
-for _spec in (QuantizedSpec, MaskedSpec, ProductSpec, SumSpec, TreeFile):
+for _spec in (QuantizedSpec, MaskedSpec, ProductSpec, SumSpec, TuckerSpec, CPSpec, TensorTrainSpec, TreeFile):
     _spec.model_rebuild()
-
-
-# ---- bits
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes that ``count`` codes of ``bits`` bits take."""
-    return -(-count * bits // 8)
-
-
-def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes one after the other, lowest bit first: eight codes make ``bits`` bytes."""
-    eights = np.zeros((-(-codes.size // 8), 8), np.uint8)
-    eights.reshape(-1)[:codes.size] = codes.reshape(-1)
-    words = np.zeros(len(eights), "<u8")
-    for k in range(8):
-        words |= eights[:, k].astype(np.uint64) << np.uint64(bits * k)
-    kept = words.view(np.uint8).reshape(-1, 8)[:, :bits]
-    return np.ascontiguousarray(kept).reshape(-1)[:packed_size(codes.size, bits)]
-
-
-def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The reverse of ``pack_bits``; what follows the last code must be zero."""
-    groups = -(-count // 8)
-    whole = np.zeros(groups * bits, np.uint8)
-    whole[:packed.size] = packed
-    words = np.zeros((groups, 8), np.uint8)
-    words[:, :bits] = whole.reshape(groups, bits)
-    joined, mask = words.reshape(-1).view("<u8"), np.uint64((1 << bits) - 1)
-    codes = np.stack([(joined >> np.uint64(bits * k) & mask).astype(np.uint8) for k in range(8)], axis=1)
-    if codes.reshape(-1)[count:].any():
-        raise ValueError("bits are set behind the last code")
-    return codes.reshape(-1)[:count]
 
 
 # ---- writing
@@ -237,40 +260,73 @@ class _Writer:
         self.grids: dict[Grid, int] = {}
         self.taken: set[str] = set()
 
-    def node(self, node: Node, at: str) -> Any:
+    def node(self, node: Node, at: str, keep: Tensor | None = None) -> Any:
+        """What tree.json says of a node; its streams are added. ``keep``: where masks let it through."""
         match node:
             case Dense(values=values):
-                return self.dense(values, f"{at}values")
-            case Quantized(codes=codes, grid=grid):
-                self.packed(codes, grid.code_bits, f"{at}codes")
-                return QuantizedSpec(
-                    shape=(codes.shape[0], codes.shape[1]), grid=self.grids.setdefault(grid, len(self.grids)),
-                    scale=self.node(node.scale, f"{at}scale."),
-                    zero=None if node.zero is None else self.node(node.zero, f"{at}zero."))
-            case Masked(keep=keep, inner=inner):
-                self.packed(keep, 1, f"{at}keep")
-                return MaskedSpec(shape=tuple(keep.shape), inner=self.node(inner, f"{at}inner."))
-            case Product(left=left, right=right):
-                return ProductSpec(left=self.node(left, f"{at}left."), right=self.node(right, f"{at}right."))
-            case Sum(terms=terms):
-                return SumSpec(terms=tuple(self.node(term, f"{at}{k}.") for k, term in enumerate(terms)))
+                return self.dense(values, f"{at}values", keep)
+            case Quantized():
+                return self.quantized(node, at, keep)
+            case Masked(keep=own, inner=inner):
+                self.coded(code_mask(own), f"{at}keep")
+                both = own if keep is None else own & keep
+                return MaskedSpec(shape=tuple(own.shape), inner=self.node(inner, f"{at}inner.", both))
+            case Clustered(codebook=codebook, index=index):
+                used = index if keep is None else index[node.used(keep)]
+                self.coded(code_symbols(used, codebook.shape[1]), f"{at}index")
+                return ClusteredSpec(shape=(index.shape[0], index.shape[1]),
+                                     codebook=self.dense(codebook, f"{at}codebook"))
             case Shared(path=path, of=of):
                 if path not in self.trees or self.trees[path].shape != of.shape:
                     raise TargetError(f"{at[:-1]}: shares {path!r}, which is not among the weights to save")
                 return SharedSpec(path=path)
             case _:
+                return self.factors(node, at)
+
+    def factors(self, node: Node, at: str) -> Any:
+        """Nodes whose entries are no single numbers: all of them is stored, whatever a mask keeps."""
+        match node:
+            case Product(left=left, right=right):
+                return ProductSpec(left=self.node(left, f"{at}left."), right=self.node(right, f"{at}right."))
+            case Sum(terms=terms):
+                return SumSpec(terms=self.several(terms, at))
+            case Hashed(buckets=buckets, seed=seed, size=size):
+                return HashedSpec(shape=size, seed=seed, buckets=self.dense(buckets, f"{at}buckets"))
+            case Tucker(left=left, core=core, right=right, window=window):
+                return TuckerSpec(window=window, left=self.node(left, f"{at}left."),
+                                  core=self.node(core, f"{at}core."), right=self.node(right, f"{at}right."))
+            case CP(factors=factors):
+                return CPSpec(factors=self.several(factors, at))
+            case TensorTrain(cores=cores, row_digits=rows, column_digits=columns):
+                return TensorTrainSpec(rows=rows, columns=columns, cores=self.several(cores, at))
+            case _:
                 raise TargetError(f"{at[:-1]}: the native format cannot store a {type(node).__name__}")
 
-    def dense(self, values: Tensor, name: str) -> DenseSpec:
+    def several(self, nodes: tuple[Node, ...], at: str) -> tuple[Any, ...]:
+        return tuple(self.node(node, f"{at}{k}.") for k, node in enumerate(nodes))
+
+    def quantized(self, node: Quantized, at: str, keep: Tensor | None) -> QuantizedSpec:
+        codes, grid = node.codes, node.grid
+        self.packed(codes if keep is None else codes[keep], grid.code_bits, f"{at}codes")
+        return QuantizedSpec(
+            shape=(codes.shape[0], codes.shape[1]), grid=self.grids.setdefault(grid, len(self.grids)),
+            scale=self.node(node.scale, f"{at}scale."),
+            zero=None if node.zero is None else self.node(node.zero, f"{at}zero."))
+
+    def dense(self, values: Tensor, name: str, keep: Tensor | None = None) -> DenseSpec:
         if values.dtype not in _KINDS:
             raise TargetError(f"{name}: the native format cannot store {values.dtype}; convert it to float32")
+        kept = tuple(values.shape) if keep is None else (int(keep.sum()),)
+        width = values.element_size()
 
         def chunks() -> Iterator[np.ndarray]:
-            yield values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            raw = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            yield (raw if keep is None else raw.view(-1, width)[keep.reshape(-1)].view(-1)).numpy()
 
-        shape, width = tuple(values.shape), values.element_size()
-        self.add(_Stream(name, _KINDS[values.dtype], shape, values.numel() * width, width, chunks))
-        return DenseSpec(shape=shape, dtype=str(values.dtype).removeprefix("torch."))
+        size = prod(kept) * width
+        if size or not values.numel():  # of a fully dropped weight nothing is stored
+            self.add(_Stream(name, _KINDS[values.dtype], kept, size, width, chunks))
+        return DenseSpec(shape=tuple(values.shape), dtype=str(values.dtype).removeprefix("torch."))
 
     def packed(self, codes: Tensor, bits: int, name: str) -> None:
         size = packed_size(codes.numel(), bits)
@@ -279,7 +335,13 @@ class _Writer:
             for part in torch.split(codes.detach().cpu().reshape(-1), CHUNK):
                 yield pack_bits(part.contiguous().view(torch.uint8).numpy(), bits)
 
-        self.add(_Stream(name, "U8", (size,), size, 1, chunks))
+        if size:
+            self.add(_Stream(name, "U8", (size,), size, 1, chunks))
+
+    def coded(self, data: bytes, name: str) -> None:
+        if data:
+            array = np.frombuffer(data, np.uint8)
+            self.add(_Stream(name, "U8", (len(data),), len(data), 1, lambda: iter((array,))))
 
     def add(self, stream: _Stream) -> None:
         if not stream.size:
@@ -370,6 +432,7 @@ class _Reader:
     def __init__(self, folder: Path, tree: TreeFile, opened: Any) -> None:
         self.folder, self.spec, self.opened = folder, tree, opened
         self.left = set(opened.keys())
+        self.room = FREE + WEIGHTS_PER_BYTE * (folder / WEIGHTS).stat().st_size
         self.built: dict[str, Node | None] = {}
         self.grids = [self.grid(spec) for spec in tree.grids]
 
@@ -387,20 +450,31 @@ class _Reader:
             raise self.fail(path, "a weight that shares itself")
         return node
 
-    def node(self, spec: Any, at: str) -> Node:
+    def node(self, spec: Any, at: str, keep: Tensor | None = None) -> Node:
+        """The node that a spec tells of; ``keep``: where masks let it through, which is what is stored."""
         match spec:
             case DenseSpec():
-                return Dense(self.dense(spec, f"{at}values"))
+                return Dense(self.dense(spec, f"{at}values", keep))
             case QuantizedSpec():
-                return self.quantized(spec, at)
+                return self.quantized(spec, at, keep)
             case MaskedSpec(shape=shape):
-                keep = self.packed(f"{at}keep", 1, shape).view(torch.bool)
-                inner = self.node(spec.inner, f"{at}inner.")
+                own = self.mask(f"{at}keep", shape)
+                self.expect(at, keep is None or keep.shape == own.shape, f"a mask of {shape} under another")
+                inner = self.node(spec.inner, f"{at}inner.", own if keep is None else own & keep)
                 self.expect(at, inner.shape == shape, f"a mask of {shape} over a weight of {inner.shape}")
-                return Masked(keep, inner)
+                return Masked(own, inner)
+            case ClusteredSpec():
+                return self.clustered(spec, at, keep)
+            case SharedSpec(path=path):
+                return Shared(path, self.tree(path))
+            case _:
+                return self.factors(spec, at)
+
+    def factors(self, spec: Any, at: str) -> Node:
+        match spec:
             case ProductSpec():
-                left, right = self.node(spec.left, f"{at}left."), self.node(spec.right, f"{at}right.")
-                self.expect(at, len(left.shape) == len(right.shape) == 2 and left.shape[1] == right.shape[0],
+                left, right = self.matrices((spec.left, spec.right), at, ("left", "right"))
+                self.expect(at, left.shape[1] == right.shape[0],
                             f"a product of {left.shape} and {right.shape}")
                 return Product(left, right)
             case SumSpec():
@@ -408,21 +482,97 @@ class _Reader:
                 shapes = {term.shape for term in terms}
                 self.expect(at, len(shapes) == 1, f"a sum of {sorted(shapes)}")
                 return Sum(terms)
-            case SharedSpec(path=path):
-                return Shared(path, self.tree(path))
+            case HashedSpec():
+                buckets = self.dense(spec.buckets, f"{at}buckets")
+                self.expect(at, buckets.ndim == 1 and buckets.is_floating_point(),
+                            f"buckets of {tuple(buckets.shape)}, {buckets.dtype}")
+                return Hashed(buckets, spec.seed, spec.shape)
+            case TuckerSpec():
+                left, core, right = self.matrices((spec.left, spec.core, spec.right), at,
+                                                  ("left", "core", "right"))
+                self.expect(at, core.shape == (left.shape[1], right.shape[1] * prod(spec.window)),
+                            f"a core of {core.shape} between {left.shape} and {right.shape}")
+                return Tucker(left, core, right, spec.window)
+            case CPSpec():
+                factors = self.matrices(spec.factors, at)
+                self.expect(at, len({factor.shape[1] for factor in factors}) == 1, "factors of several ranks")
+                return CP(factors)
+            case TensorTrainSpec():
+                return self.train(spec, at)
             case _:
                 raise TypeError(type(spec).__name__)
+
+    def matrices(self, specs: tuple[Any, ...], at: str, names: tuple[str, ...] = ()) -> tuple[Node, ...]:
+        nodes = tuple(self.node(spec, f"{at}{name}.")
+                      for spec, name in zip(specs, names or range(len(specs)), strict=True))
+        self.expect(at, all(len(node.shape) == 2 for node in nodes),
+                    f"factors of {', '.join(str(node.shape) for node in nodes)}")
+        return nodes
+
+    def train(self, spec: TensorTrainSpec, at: str) -> TensorTrain:
+        cores, rank = self.matrices(spec.cores, at), 1
+        self.expect(at, len(cores) == len(spec.rows) == len(spec.columns), f"{len(cores)} cores")
+        for core, rows, columns in zip(cores, spec.rows, spec.columns, strict=True):
+            self.expect(at, core.shape[0] == rank * rows and core.shape[1] % columns == 0,
+                        f"a core of {core.shape} after rank {rank}")
+            rank = core.shape[1] // columns
+        self.expect(at, rank == 1, f"a last rank of {rank}")
+        return TensorTrain(cores, spec.rows, spec.columns)
+
+    def clustered(self, spec: ClusteredSpec, at: str, keep: Tensor | None) -> Clustered:
+        codebook = self.dense(spec.codebook, f"{at}codebook")
+        self.expect(at, codebook.ndim == 3 and codebook.shape[0] in (1, spec.shape[1])
+                    and codebook.is_floating_point() and codebook.shape[1] <= LARGEST,
+                    f"a codebook of {tuple(codebook.shape)} for {spec.shape[1]} places")
+        _, values, d = codebook.shape
+        self.expect(at, keep is None or tuple(keep.shape) == (spec.shape[0], spec.shape[1] * d),
+                    f"an index of {spec.shape} under another mask")
+        self.afford(at, prod(spec.shape))
+        index = torch.zeros(spec.shape, dtype=torch.uint8 if values <= 256 else torch.int32)
+        node = Clustered(codebook, index)
+        used = torch.ones(spec.shape, dtype=torch.bool) if keep is None else node.used(keep)
+        with self.failing(f"{at}index"):
+            count = int(used.sum())
+            index[used] = decode_symbols(self.coded(f"{at}index", count), count, values)
+        return node
+
+    def mask(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self.afford(name, prod(shape))
+        with self.failing(name):
+            return decode_mask(self.coded(name, prod(shape)), shape)
+
+    def coded(self, name: str, count: int) -> np.ndarray:
+        """The bytes of a coded stream: of any length, so whoever decodes it must use them all up."""
+        if not count:
+            return np.zeros(0, np.uint8)
+        if name not in self.left:
+            raise self.fail(name, "missing, or used twice")
+        shape = self.opened.get_slice(name).get_shape()
+        array: np.ndarray = self.stream(name, "U8", (prod(shape),)).numpy()
+        return array
+
+    def afford(self, at: str, weights: int) -> None:
+        """Codings can be arbitrarily short, so what they stand for is held to a multiple of the file."""
+        self.room -= weights
+        self.expect(at, self.room >= 0, f"more than {WEIGHTS_PER_BYTE} weights per byte")
+
+    @contextmanager
+    def failing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise self.fail(name, str(error)) from None
 
     def expect(self, at: str, holds: bool, what: str) -> None:
         if not holds:
             raise self.fail(at, what)
 
-    def quantized(self, spec: QuantizedSpec, at: str) -> Quantized:
+    def quantized(self, spec: QuantizedSpec, at: str, keep: Tensor | None) -> Quantized:
         self.expect(at, spec.grid < len(self.grids), f"grid {spec.grid} of {len(self.grids)}")
         grid, (rows, columns) = self.grids[spec.grid], spec.shape
         group = grid.group or columns
         self.expect(at, columns % group == 0, f"{columns} columns in groups of {group}")
-        codes = self.packed(f"{at}codes", grid.code_bits, spec.shape)
+        codes = self.packed(f"{at}codes", grid.code_bits, spec.shape, keep)
         self.expect(at, not codes.numel() or int(codes.max()) < len(grid.levels),
                     f"a code beyond the {len(grid.levels)} levels of {grid.name!r}")
         self.expect(at, (spec.zero is None) == (grid.zero is None), f"the zero that {grid.name!r} tells of")
@@ -451,23 +601,34 @@ class _Reader:
             raise self.fail(where, f"numbers of type {name!r}")
         return _DTYPES[name]
 
-    def dense(self, spec: DenseSpec, name: str) -> Tensor:
+    def dense(self, spec: DenseSpec, name: str, keep: Tensor | None = None) -> Tensor:
         dtype = self.dtype(spec.dtype, name)
-        return self.stream(name, _KINDS[dtype], spec.shape).clone().view(dtype)  # not the mapped file itself
+        if keep is None:  # not the mapped file itself
+            return self.stream(name, _KINDS[dtype], spec.shape).clone().view(dtype)
+        self.expect(name, tuple(keep.shape) == spec.shape, f"values of {spec.shape} under another mask")
+        count, width = int(keep.sum()), dtype.itemsize
+        raw = torch.zeros(prod(spec.shape), width, dtype=torch.uint8)
+        if count:
+            kept = self.stream(name, _KINDS[dtype], (count,)).view(torch.uint8)
+            raw[keep.reshape(-1)] = kept.view(count, width)
+        return raw.view(-1).view(dtype).view(spec.shape)
 
-    def packed(self, name: str, bits: int, shape: tuple[int, ...]) -> Tensor:
-        count = prod(shape)
-        raw = self.stream(name, "U8", (packed_size(count, bits),)).numpy()
+    def packed(self, name: str, bits: int, shape: tuple[int, ...], keep: Tensor | None) -> Tensor:
+        self.expect(name, keep is None or tuple(keep.shape) == shape, f"codes of {shape} under another mask")
+        count = prod(shape) if keep is None else int(keep.sum())
+        raw = self.stream(name, "U8", (packed_size(count, bits),)).numpy() if count else np.empty(0, np.uint8)
         codes = np.empty(count, np.uint8)
-        try:
+        with self.failing(name):
             for start in range(0, count, CHUNK):
                 size = min(CHUNK, count - start)
                 first = start * bits // 8
                 piece = raw[first:first + packed_size(size, bits)]
                 codes[start:start + size] = unpack_bits(piece, bits, size)
-        except ValueError as error:
-            raise self.fail(name, str(error)) from None
-        return torch.from_numpy(codes).view(shape)
+        if keep is None:
+            return torch.from_numpy(codes).view(shape)
+        whole = torch.zeros(shape, dtype=torch.uint8)
+        whole[keep] = torch.from_numpy(codes)
+        return whole
 
     def stream(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
         """One stream, which must have exactly this type and shape in the file's header."""

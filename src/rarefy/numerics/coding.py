@@ -28,7 +28,7 @@ from math import comb
 import constriction
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 from torch import Tensor
 
 AnsCoder = constriction.stream.stack.AnsCoder
@@ -38,6 +38,7 @@ PACKED, STATIC, UNIFORM = 0, 1, 2
 CHUNK = 1 << 20  # symbols handled at once; a multiple of 8, so that packed chunks end on whole bytes
 LARGEST = 1 << 16  # alphabet
 WIDTHS = (1, 2, 4, 8)  # neighbouring entries of a mask in one symbol
+END = 255  # a byte's worth of end mark below the symbols under ANS
 GROUPS = range(2, 17)  # M of the N:M patterns that are looked for
 BELOW = 15  # added to M, to tell it from a width
 STRIPPED, TILED = 1, 2  # flags in a mask's first byte
@@ -128,8 +129,12 @@ def _weights(table: np.ndarray) -> np.ndarray:
 
 
 def _encode(symbols: Tensor, places: np.ndarray, model: object) -> bytes:
-    """ANS is a stack: the last symbol goes first. ``places``: what a symbol is called in the model."""
+    """ANS is a stack: the last symbol goes first. ``places``: what a symbol is called in the model.
+
+    At the bottom lies a mark, because an empty stack would go on giving symbols to whoever asks for more.
+    """
     coder = AnsCoder()
+    coder.encode_reverse(END, Uniform(256))
     for part in reversed(torch.split(symbols, CHUNK)):
         coder.encode_reverse(places[part.numpy()], model)
     return bytes(coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
@@ -143,8 +148,8 @@ def _decode(data: np.ndarray, count: int, alphabet: int, symbols: np.ndarray, mo
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
         out[start:start + size] = torch.from_numpy(symbols[coder.decode(model, size)])
-    if not coder.is_empty():
-        raise ValueError("bytes are left behind the last symbol")
+    if coder.decode(Uniform(256)) != END or not coder.is_empty():
+        raise ValueError(f"there are not exactly {count} symbols")
     return out
 
 
@@ -160,7 +165,7 @@ def _static(table: np.ndarray) -> tuple[np.ndarray, object]:
 
 # ---- symbols
 
-def counted(symbols: Int[Tensor, " n"], alphabet: int) -> np.ndarray:
+def counted(symbols: Integer[Tensor, " n"], alphabet: int) -> np.ndarray:
     """How often each symbol occurs, [alphabet] int64."""
     total = torch.zeros(alphabet, dtype=torch.int64)
     for part in torch.split(symbols, CHUNK):
@@ -178,11 +183,11 @@ def _sizes(counts: np.ndarray) -> dict[int, float]:
     total, alphabet = int(counts.sum()), counts.size
     sizes = {PACKED: 1.0 + packed_size(total, width_of(alphabet))}
     if alphabet & (alphabet - 1):
-        sizes[UNIFORM] = 1 + total * np.log2(alphabet) / 8 + 3
+        sizes[UNIFORM] = 1 + total * np.log2(alphabet) / 8 + 4
     table = _weights(_table(counts))
     used = counts > 0
     information = float(-(counts[used] * np.log2(table[used] / table.sum())).sum())
-    sizes[STATIC] = 1 + alphabet + information / 8 + (3 if used.sum() > 1 else 0)
+    sizes[STATIC] = 1 + alphabet + information / 8 + (4 if used.sum() > 1 else 0)
     return sizes
 
 
@@ -195,7 +200,7 @@ def _dtype(alphabet: int) -> torch.dtype:
     return torch.uint8 if alphabet <= 256 else torch.int32
 
 
-def code_symbols(symbols: Int[Tensor, "*shape"], alphabet: int) -> bytes:
+def code_symbols(symbols: Integer[Tensor, "*shape"], alphabet: int) -> bytes:
     """The shortest coding of symbols in [0, alphabet); nothing for no symbols."""
     if not 1 <= alphabet <= LARGEST:
         raise ValueError(f"an alphabet of {alphabet} symbols; 1 to {LARGEST} can be coded")
@@ -221,7 +226,7 @@ def _coded(flat: Tensor, counts: np.ndarray) -> bytes:
     return bytes([way]) + body
 
 
-def decode_symbols(data: np.ndarray, count: int, alphabet: int) -> Int[Tensor, " n"]:
+def decode_symbols(data: np.ndarray, count: int, alphabet: int) -> Integer[Tensor, " n"]:
     """The reverse of ``code_symbols``: uint8, or int32 if they need it. ValueError if nothing is coded so."""
     if not count:
         if data.size:
