@@ -1,0 +1,206 @@
+"""``tune``'s leaf rules: a tree becomes a module that trains, and becomes a tree again.
+
+``soften`` walks a weight's tree as ``edit`` does and turns its leaves into ``Soft`` modules; calling the
+result gives the dense matrix, differentiable in what moves. What moves is a choice of *movers*: any of
+
+    weights    the values of Dense leaves that are no factor (under a mask: those that it keeps)
+    factors    the values of Dense leaves below a product or a tensor decomposition
+    scales     scales and zeros of Quantized leaves, codes fixed
+    codebooks  values of Clustered leaves, indices fixed
+    buckets    values of Hashed leaves
+
+or a technique that trains: it says itself how its leaves soften (a straight-through estimator, mask
+scores, gates). ``harden`` gives the tree back, of the same shape and with what training found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core.codebooks import Clustered, Hashed
+from rarefy.core.edit import Leaf
+from rarefy.core.errors import EditError, RecipeError, did_you_mean
+from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
+
+MOVERS = ("weights", "factors", "scales", "codebooks", "buckets")
+
+
+class Soft(nn.Module):
+    """A weight in training: ``forward()`` gives its matrix [out, in] in float32. Abstract."""
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError
+
+    def penalty(self) -> Tensor:
+        """What is added to the loss (regularisers that make gates close); in nats per example."""
+        return torch.zeros(())
+
+    def update(self, step: int, total: int) -> None:
+        """Called after optimizer step ``step`` of ``total``: schedules (masks that grow) move here."""
+
+    def harden(self) -> Node:
+        """The node that this module has become."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """A technique that works during training: one file under ``techniques/``, a frozen dataclass."""
+
+    edits: ClassVar[tuple[type[Node], ...]]
+    scope: ClassVar[str]  # "training"
+
+    def soften(self, leaf: Leaf, generator: torch.Generator) -> Soft: ...
+
+
+class Fixed(Soft):
+    """A leaf that does not move."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.node = node
+        self.register_buffer("values", node.dense(), persistent=False)
+
+    def forward(self) -> Tensor:
+        values: Tensor = self.get_buffer("values")
+        return values
+
+    def harden(self) -> Node:
+        return self.node
+
+
+class Moving(Soft):
+    """A leaf whose own numbers move: ``tensors`` names them, ``rebuild`` puts them back into the node."""
+
+    def __init__(self, node: Dense | Quantized | Clustered | Hashed) -> None:
+        super().__init__()
+        self.node = node
+        for name, value in _numbers(node).items():
+            self.register_parameter(f"moving_{name}", nn.Parameter(value.detach().to(torch.float32).clone()))
+
+    def forward(self) -> Tensor:
+        return _with_numbers(self.node, {name: self.get_parameter(f"moving_{name}")
+                                         for name in _numbers(self.node)}).dense()
+
+    def harden(self) -> Node:
+        return _with_numbers(self.node, {
+            name: self.get_parameter(f"moving_{name}").detach().to(value.dtype).clone()
+            for name, value in _numbers(self.node).items()})
+
+
+class Composed(Soft):
+    """An inner node over softened children."""
+
+    def __init__(self, node: Node, children: list[Soft]) -> None:
+        super().__init__()
+        self.node, self.below = node, nn.ModuleList(children)
+
+    def forward(self) -> Tensor:
+        return self.node.rebuilt(tuple(Dense(child()) for child in self.below)).dense()
+
+    def penalty(self) -> Tensor:
+        return sum((child.penalty() for child in self._children()), torch.zeros(()))
+
+    def update(self, step: int, total: int) -> None:
+        for child in self._children():
+            child.update(step, total)
+
+    def harden(self) -> Node:
+        after = tuple(child.harden() for child in self._children())
+        match self.node, after:
+            case Masked(keep=own), (Masked(keep=further, inner=rest),):  # two masks in a row are one
+                return Masked(own & further, rest)
+        return self.node.rebuilt(after)
+
+    def _children(self) -> list[Soft]:
+        return [child for child in self.below if isinstance(child, Soft)]
+
+
+def soften(leaf: Leaf, moves: frozenset[str], technique: Trainer | None = None,
+           generator: torch.Generator | None = None) -> Soft:
+    """The tree ``leaf.node`` as a module. moves: a choice of MOVERS, for the leaves that ``technique`` (if
+    any) does not edit. ``leaf.target``: the original weight. EditError when nothing would move."""
+    wrong = sorted(moves - set(MOVERS))
+    if wrong:
+        raise RecipeError(f"nothing called {wrong[0]!r} can be trained{did_you_mean(wrong[0], list(MOVERS))}")
+    walk = _Softening(moves, technique, generator or torch.Generator())
+    soft = walk.node(leaf, inside=False)
+    if not any(True for _ in soft.parameters()):
+        what = ", ".join(sorted(moves)) or "this technique"
+        raise EditError(f"{leaf.site}: nothing in it moves under {what}")
+    return soft
+
+
+class _Softening:
+    def __init__(self, moves: frozenset[str], technique: Trainer | None, generator: torch.Generator) -> None:
+        self.moves, self.technique, self.generator = moves, technique, generator
+
+    def node(self, leaf: Leaf, *, inside: bool) -> Soft:
+        node = leaf.node
+        if self.technique is not None and isinstance(node, self.technique.edits):
+            return self.technique.soften(leaf, self.generator)
+        match node:
+            case Dense():
+                return Moving(node) if ("factors" if inside else "weights") in self.moves else Fixed(node)
+            case Quantized():
+                return Moving(node) if "scales" in self.moves else Fixed(node)
+            case Clustered():
+                return Moving(node) if "codebooks" in self.moves else Fixed(node)
+            case Hashed():
+                return Moving(node) if "buckets" in self.moves else Fixed(node)
+        below = node.children()
+        if not below:
+            return Fixed(node)
+        factors = inside or not isinstance(node, Sum | Masked)
+        return Composed(node, [self.node(self._below(leaf, k), inside=factors) for k in range(len(below))])
+
+    def _below(self, leaf: Leaf, index: int) -> Leaf:
+        """One child as a leaf, with what it should stand for given the others."""
+        child = leaf.node.children()[index]
+        match leaf.node:
+            case Masked(keep=own):
+                keep = own if leaf.keep is None else own & leaf.keep
+                return replace(leaf, node=child, keep=keep)
+            case Sum():
+                return replace(leaf, node=child, target=leaf.node.fitted(index, leaf.target))
+            case Product():
+                return replace(leaf, node=child, target=child.dense(), keep=None, evidence=None, kernel=())
+        return replace(leaf, node=child, target=child.dense(), keep=None, evidence=None, kernel=())
+
+
+def _numbers(node: Node) -> dict[str, Tensor]:
+    """The floating tensors of a leaf that can move, by name."""
+    match node:
+        case Dense(values=values):
+            return {"values": values}
+        case Quantized(scale=Dense(values=scale), zero=zero):
+            if isinstance(zero, Dense) and zero.values.is_floating_point():
+                return {"scale": scale, "zero": zero.values}
+            return {"scale": scale}
+        case Quantized(scale=Quantized(scale=Dense(values=coarse))):  # double quantization: the coarse scales
+            return {"scale": coarse}
+        case Clustered(codebook=codebook):
+            return {"codebook": codebook}
+        case Hashed(buckets=buckets):
+            return {"buckets": buckets}
+    return {}
+
+
+def _with_numbers(node: Node, numbers: dict[str, Tensor]) -> Node:
+    match node:
+        case Dense():
+            return Dense(numbers["values"])
+        case Quantized(scale=Dense(), zero=zero):
+            return replace(node, scale=Dense(numbers["scale"]),
+                           zero=Dense(numbers["zero"]) if "zero" in numbers else zero)
+        case Quantized(scale=Quantized() as scale):
+            return replace(node, scale=replace(scale, scale=Dense(numbers["scale"])))
+        case Clustered():
+            return replace(node, codebook=numbers["codebook"])
+        case Hashed():
+            return replace(node, buckets=numbers["buckets"])
+    return node
