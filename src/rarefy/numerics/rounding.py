@@ -137,7 +137,7 @@ def fit(weights: Float[Tensor, "rows width"], importance: Tensor, grid: Grid) ->
         scale = _search_scale(w, h, grid)
         return Fit(_store_scale(w, h, scale, grid), None, grid)
     scale, zero = _search_affine(w, h, grid)
-    return _store_affine(w, h, scale, zero, grid)
+    return store_affine(w, h, scale, zero, grid)
 
 
 def _search_scale(w: Tensor, h: Tensor, grid: Grid) -> Tensor:
@@ -255,7 +255,7 @@ def _search_affine(w: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return best_scale.squeeze(-1), best_zero.squeeze(-1)
 
 
-def _store_affine(w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Fit:
+def store_affine(w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Fit:
     """Scale and zero as the format stores them; coarse numbers are refitted together."""
     assert grid.zero is not None
     if grid.zero.relative:
