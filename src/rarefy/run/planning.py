@@ -112,16 +112,26 @@ def original_bytes(model: Model) -> int:
 
 
 def techniques() -> dict[str, type[Any]]:
-    """Every technique by its file's stem: the dataclass that the file defines."""
+    """Every technique that rewrites leaves, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if hasattr(kind, "rewrite")}
+
+
+def trainers() -> dict[str, type[Any]]:
+    """Every technique that works during training, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "training"}
+
+
+def _found() -> dict[str, type[Any]]:
+    """The dataclass that each file under ``techniques/`` defines: the one that declares what it edits."""
     found = {}
     for info in pkgutil.walk_packages(rarefy.techniques.__path__, "rarefy.techniques."):
         if info.ispkg:
             continue
         module = importlib.import_module(info.name)
         own = [value for value in vars(module).values()
-               if isinstance(value, type) and value.__module__ == info.name and hasattr(value, "rewrite")]
+               if isinstance(value, type) and value.__module__ == info.name and hasattr(value, "edits")]
         if len(own) != 1:
-            raise RecipeError(f"{info.name}: a technique's file defines exactly one class with rewrite()")
+            raise RecipeError(f"{info.name}: a technique's file defines exactly one class with `edits`")
         found[info.name.rpartition(".")[2]] = own[0]
     return found
 
