@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.nodes import Node
+from rarefy.numerics.decompose import khatri_rao
 
 
 @final
@@ -59,19 +60,22 @@ class Tucker(Node):
         return (self.left, self.core, self.right)
 
     def rebuilt(self, children: tuple[Node, ...]) -> Tucker:
-        return Tucker(*children, self.window)
+        left, core, right = children
+        return Tucker(left, core, right, self.window)
 
     def fitted(self, index: int, target: Tensor) -> Tensor:
         tensor = target.double().view(target.shape[0], self.right.shape[0], -1)
         left, right, core = self.left.dense().double(), self.right.dense().double(), self._core().double()
         if index == 0:
             inner = torch.einsum("abw,ib->aiw", core, right).flatten(1)
-            return (tensor.flatten(1) @ torch.linalg.pinv(inner)).float()
+            outer: Tensor = tensor.flatten(1) @ torch.linalg.pinv(inner)
+            return outer.float()
         if index == 1:
             fitted = torch.einsum("ao,oiw,bi->abw", torch.linalg.pinv(left), tensor, torch.linalg.pinv(right))
             return fitted.flatten(1).float()
         inner = torch.einsum("oa,abw->bow", left, core).flatten(1)
-        return (tensor.permute(1, 0, 2).flatten(1) @ torch.linalg.pinv(inner)).float()
+        mixing: Tensor = tensor.permute(1, 0, 2).flatten(1) @ torch.linalg.pinv(inner)
+        return mixing.float()
 
 
 @final
@@ -89,7 +93,7 @@ class CP(Node):
         return (self.factors[0].shape[0], prod(factor.shape[0] for factor in self.factors[1:]))
 
     def dense(self) -> Tensor:
-        return self.factors[0].dense() @ _khatri_rao([f.dense() for f in self.factors[1:]]).T
+        return self.factors[0].dense() @ khatri_rao([f.dense() for f in self.factors[1:]]).T
 
     def bits(self) -> int:
         return sum(factor.bits() for factor in self.factors)
@@ -109,12 +113,8 @@ class CP(Node):
         tensor = target.double().view([factor.shape[0] for factor in self.factors])
         others = [f.dense().double() for k, f in enumerate(self.factors) if k != index]
         unfolded = tensor.movedim(index, 0).flatten(1)
-        return (unfolded @ torch.linalg.pinv(_khatri_rao(others)).T).float()
-
-
-def _khatri_rao(factors: list[Tensor]) -> Tensor:
-    """Column-wise Kronecker product: [a, r], [b, r], ... -> [a * b * ..., r]."""
-    return reduce(lambda a, b: torch.einsum("ir,jr->ijr", a, b).flatten(0, 1), factors)
+        fitted: Tensor = unfolded @ torch.linalg.pinv(khatri_rao(others)).T
+        return fitted.float()
 
 
 @final

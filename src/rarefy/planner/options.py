@@ -2,7 +2,8 @@
 
 Techniques make the options (each that has an ``options`` method is asked); the planner never knows
 which technique an option came from. Damage is foreseen on a sample of rows drawn in proportion to
-their Fisher, so that the few rows of a large vocabulary that matter are the ones looked at.
+their Fisher, so that the few rows of a large vocabulary that matter are the ones looked at; a technique that
+says ``whole`` (rank is no property of a sample) sees every row.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ ROWS = 192
 
 
 def options_at(site: str, weight: Tensor, evidence: Evidence, choices: Mapping[str, Choice],
-               techniques: Iterable[type[Any]], generator: torch.Generator) -> tuple[Option, ...]:
-    """All options of all ``techniques`` for ``weight`` [out, in], the useful ones only.
+               techniques: Iterable[type[Any]], generator: torch.Generator,
+               kernel: tuple[int, ...] = ()) -> tuple[Option, ...]:
+    """All options of all ``techniques`` for ``weight`` [out, in], the useful ones only; kernel as in Leaf.
 
     An option is useless when another one costs no more bytes and does no more damage.
     """
-    leaf = sample(site, weight, evidence, generator)
-    found = [option for technique in techniques for option in technique.options(leaf, choices)]
+    whole = Leaf(site, Dense(weight), weight, None, evidence, kernel)
+    leaf = replace(sample(site, weight, evidence, generator), kernel=kernel)
+    found = [option for technique in techniques
+             for option in technique.options(whole if getattr(technique, "whole", False) else leaf, choices)]
     if not found:
         raise TargetError(f"{site}: no format of the target can store rows of {weight.shape[1]} weights")
     return tuple(frontier(found))
