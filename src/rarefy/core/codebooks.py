@@ -93,7 +93,7 @@ class Hashed(Node):
         return self.buckets.numel() * self.buckets.element_size() * 8
 
     def select(self, axis: int, index: Tensor) -> Node:
-        raise ValueError("rows and columns of a hashed weight cannot be kept one by one; select before hashing")
+        raise ValueError("rows and columns of a hashed weight cannot be kept apart; select before hashing")
 
 
 def xxhash32(values: Int[Tensor, "*shape"], seed: int) -> Int[Tensor, "*shape"]:
