@@ -123,7 +123,7 @@ class _Walk:
                 return self._factors(node, target)
 
     def _factors(self, node: Node, target: Tensor) -> Node:
-        """The factors of a tensor decomposition, each fitted to what the others leave, in their own metric."""
+        """The factors of a tensor decomposition, each fitted to what the others leave, in plain norm."""
         for index, child in enumerate(node.children()):
             wanted = node.fitted(index, target)
             plain = Evidence(torch.eye(wanted.shape[1]), 1)

@@ -100,6 +100,19 @@ def _half_steps(grid: Grid) -> Tensor:
     return torch.bucketize(middles, (levels[1:] + levels[:-1]) / 2).to(torch.float32)
 
 
+def rounded(values: Tensor, grid: Grid) -> Tensor:
+    """The levels (float32, same shape) nearest to ``values``: code and level in one look-up."""
+    low, high = grid.levels[0], grid.levels[-1]
+    if grid.uniform:
+        return values.round().clamp_(low, high)
+    return _half_step_levels(grid)[(values * 2).floor_().clamp_(2 * low, 2 * high).sub_(2 * low).int()]
+
+
+@lru_cache(maxsize=64)
+def _half_step_levels(grid: Grid) -> Tensor:
+    return _levels(grid)[_half_steps(grid).int()]
+
+
 @lru_cache(maxsize=64)
 def _levels(grid: Grid) -> Tensor:
     return torch.tensor(grid.levels)
@@ -153,7 +166,7 @@ def _search_scale(w: Tensor, h: Tensor, grid: Grid) -> Tensor:
     best = torch.zeros_like(peak)
     for end in ends:
         for ratio in RATIOS:
-            level = level_of(nearest(w * inverse(peak * (ratio / end)), grid), grid)
+            level = rounded(w * inverse(peak * (ratio / end)), grid)
             hl = h * level
             dot, norm = (hl * w).sum(-1, keepdim=True), (hl * level).sum(-1, keepdim=True)
             gain = dot.square() / norm.clamp_min(TINY)  # how much of sum h w^2 the fit explains
@@ -170,7 +183,7 @@ def _search_power(w: Tensor, h: Tensor, start: Tensor, grid: Grid) -> Tensor:
     best = torch.ones_like(start)
     for step in (-2, -1, 0, 1):
         scale = torch.exp2((exponent + step).clamp(-127, 127))
-        loss = (h * (w - scale * level_of(nearest(w / scale, grid), grid)).square()).sum(-1, keepdim=True)
+        loss = (h * (w - scale * rounded(w / scale, grid)).square()).sum(-1, keepdim=True)
         better = loss < best_loss
         best_loss, best = torch.where(better, loss, best_loss), torch.where(better, scale, best)
     return best.squeeze(-1)
@@ -185,7 +198,7 @@ def _store_scale(w: Tensor, h: Tensor, scale: Tensor, grid: Grid) -> Number:
     number = _steps(scale, stored)
     for _ in range(COARSE_ROUNDS):
         value = number.value(stored)
-        level = level_of(nearest(w * inverse(value).unsqueeze(-1), grid), grid)
+        level = rounded(w * inverse(value).unsqueeze(-1), grid)
         assert number.codes is not None
         steps = (number.codes.float() + stored.low).unsqueeze(-1) * level
         shape = (rows, number.plain.shape[1], -1)
@@ -234,7 +247,7 @@ def _search_affine(w: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         scale = (high - low) * (ratio / span)
         zero = low * ratio - bottom * scale
         for _ in range(2):
-            level = level_of(nearest((w - zero) * inverse(scale), grid), grid)
+            level = rounded((w - zero) * inverse(scale), grid)
             mean_l = (h * level).sum(-1, keepdim=True) / mass
             centred = level - mean_l
             variance = (h * centred.square()).sum(-1, keepdim=True)
@@ -246,7 +259,7 @@ def _search_affine(w: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
                 zero = zero.clamp_max(0)
             if grid.zero.relative:
                 zero = (zero * inverse(scale)).round().clamp(-128, 127) * scale
-        level = level_of(nearest((w - zero) * inverse(scale), grid), grid)
+        level = rounded((w - zero) * inverse(scale), grid)
         loss = (h * (w - scale * level - zero).square()).sum(-1, keepdim=True)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
@@ -277,7 +290,7 @@ def _refit_coarse(w: Tensor, h: Tensor, now: Fit) -> Fit:
     scale, zero = now.values()
     assert zero is not None and now.grid.zero is not None
     rows, supers = now.scale.plain.shape
-    level = level_of(nearest((w - zero.unsqueeze(-1)) * inverse(scale).unsqueeze(-1), now.grid), now.grid)
+    level = rounded((w - zero.unsqueeze(-1)) * inverse(scale).unsqueeze(-1), now.grid)
     a = (level * (now.scale.codes.float() + now.grid.scale.low).unsqueeze(-1)).reshape(rows, supers, -1)
     b = (now.zero.codes.float() + now.grid.zero.low).unsqueeze(-1).expand_as(w).reshape(rows, supers, -1)
     hh, ww = h.reshape(rows, supers, -1), w.reshape(rows, supers, -1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from rarefy.calibration.samples import SELF, sample_windows
 from rarefy.calibration.text import PYTHON_DOCS, refuse_overlap, split_windows, windows
 from rarefy.models.model import Model
-from rarefy.run.effort import LENGTH, Effort
+from rarefy.run.effort import Effort
 from rarefy.run.progress import Progress
 
 
@@ -32,14 +32,14 @@ class Data:
     sources: dict[str, str]
 
 
-def window_length(model: Model) -> int:
+def window_length(model: Model, effort: Effort) -> int:
     """Tokens of a window: as many as the model has positions for, and no more than is useful."""
-    return min(LENGTH, getattr(model.config, "max_position_embeddings", LENGTH))
+    return min(effort.length, getattr(model.config, "max_position_embeddings", effort.length))
 
 
 def evaluation_windows(model: Model, eval_data: tuple[str, ...], effort: Effort, seed: int) -> Tensor:
     """Windows to judge on when nothing is calibrated."""
-    return windows(eval_data or PYTHON_DOCS, model.tokenizer, length=window_length(model),
+    return windows(eval_data or PYTHON_DOCS, model.tokenizer, length=window_length(model, effort),
                    count=effort.evaluation, seed=seed + 1, minimum=2)
 
 
@@ -66,7 +66,7 @@ def gather(model: Model, data: tuple[str, ...], eval_data: tuple[str, ...], effo
 
 def _choose(model: Model, data: tuple[str, ...], eval_data: tuple[str, ...], effort: Effort, seed: int,
             progress: Progress) -> Data:
-    length = window_length(model)
+    length = window_length(model, effort)
     own = not data or data == (SELF,)
     aside = 0 if own or eval_data else effort.evaluation
     with progress.stage("own samples" if own else "calibration text") as stage:

@@ -1,6 +1,6 @@
 """How much work each ``--effort`` buys: data to table, nothing else decides by effort's name.
 
-Windows are 512 tokens each. Time grows with windows x weights; see docs/benchmarks/cost.md.
+Time grows with windows x length x weights; see docs/benchmarks/cost.md.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from rarefy.core.errors import RecipeError, did_you_mean
 
-LENGTH = 512
-
 
 @dataclass(frozen=True)
 class Effort:
-    """survey: windows whose gradients are taken. calibration: windows that the sweep carries forward.
-    sequential: evidence anew for each group of a block. swaps: windows on which predictions are corrected
-    by measuring (0: not at all). sweeps: QuantEase sweeps. evaluation: windows of the proof. second:
-    windows of a second domain. positions: windows x positions compared inside the runtime."""
+    """length: tokens of a window. survey: windows whose gradients are taken. calibration: windows that the
+    sweep carries forward. sequential: evidence anew for each group of a block. swaps: windows on which
+    predictions are corrected by measuring (0: not at all). sweeps: QuantEase sweeps. evaluation: windows of
+    the proof. second: windows of a second domain. positions: windows x positions compared inside the
+    runtime. repeats: turns that each file gets when the two are timed."""
 
+    length: int
     survey: int
     calibration: int
     sequential: bool
@@ -27,12 +27,13 @@ class Effort:
     evaluation: int
     second: int
     positions: tuple[int, int]
+    repeats: int
 
 
 EFFORTS = {
-    "quick": Effort(4, 10, False, 0, 1, 4, 2, (4, 64)),
-    "balanced": Effort(8, 40, True, 1, 2, 8, 4, (8, 64)),
-    "max": Effort(96, 128, True, 4, 6, 16, 8, (16, 64)),
+    "quick": Effort(256, 8, 20, False, 0, 1, 8, 4, (8, 32), 1),
+    "balanced": Effort(512, 8, 40, True, 1, 2, 8, 4, (8, 64), 3),
+    "max": Effort(512, 96, 128, True, 4, 6, 16, 8, (16, 64), 3),
 }
 
 

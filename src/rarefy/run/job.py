@@ -178,7 +178,7 @@ def evaluate(out: Path, against: str | Model, progress: Progress | None = None, 
         with progress.stage("speed"), clock.stage("speed"), tempfile.TemporaryDirectory() as folder:
             original = Path(folder) / "original.gguf"
             export_gguf(model, {}, {site.path: "F16" for site in model.map.sites}, original)
-            speed = proof.speeds(original, exported)
+            speed = proof.speeds(original, exported, how.repeats)
     return {"rarefy": rarefy.__version__, "versions": versions(), "model": _about(model),
             "outputs": [fingerprint(exported, exported.parent).as_dict()], "target": LLAMA_CPP.name,
             "measured": measured, "speed": speed, "memory": {"peak_rss_bytes": peak_rss()},
@@ -265,7 +265,7 @@ class _Compression:
         with self.progress.stage("speed") as stage, self.clock.stage("speed"):
             stage.line("the original as F16")
             export_gguf(self.model, {}, formats, original)
-            speed = proof.speeds(original, self.exported)
+            speed = proof.speeds(original, self.exported, self.effort.repeats)
             completions = proof.completions(original, self.exported)
             original.unlink()
         return speed, completions

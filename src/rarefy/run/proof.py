@@ -59,9 +59,8 @@ def in_runtime(model: Model, exported: Path, evaluation: Tensor, windows: int, p
     """
     tokens = evaluation[:windows]
     places = torch.linspace(0, tokens.shape[1] - 1, min(positions, tokens.shape[1])).long().tolist()
-    original = final_states(Runner(model), tokens)[:, places]
-    ours = Runner(reopened(exported))
-    exported_final = final_states(ours, tokens)[:, places]
+    ours, before = Runner(reopened(exported)), Runner(model)
+    original, exported_final = (final_states(runner, tokens)[:, places] for runner in (before, ours))
     kl_original, kl_ours, kl_float, top, largest = [], [], [], [], 0.0
     with Session(exported) as session:
         theirs = session.distributions(tokens.numpy(), places)
@@ -69,7 +68,7 @@ def in_runtime(model: Model, exported: Path, evaluation: Tensor, windows: int, p
             stage.advance(k + 1, len(tokens))
             for part in torch.arange(len(places)).split(SLAB):
                 q = torch.from_numpy(np.array(window[part.numpy()]))
-                p = Runner(model).logits(original[k, part]).log_softmax(-1)
+                p = before.logits(original[k, part]).log_softmax(-1)
                 mine = ours.logits(exported_final[k, part]).log_softmax(-1)
                 kl_original.append(_kl(p, q))
                 kl_ours.append(_kl(mine, q))
@@ -95,9 +94,9 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q.clamp_min(-100))).sum(-1)
 
 
-def speeds(original: Path, exported: Path) -> dict[str, Any]:
+def speeds(original: Path, exported: Path, repeats: int) -> dict[str, Any]:
     """Tokens per second of both files in llama.cpp, interleaved, and the ratio; resident memory."""
-    found = compare_speed(original, exported)
+    found = compare_speed(original, exported, repeats=repeats)
     return {"original": asdict(found.a), "compressed": asdict(found.b), "drift": found.drift,
             "ratio_decode": found.ratio_decode, "ratio_prefill": found.ratio_prefill,
             "memory_original": asdict(found.memory_a), "memory_compressed": asdict(found.memory_b)}
