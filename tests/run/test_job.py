@@ -163,7 +163,7 @@ def test_kill_9_and_resume_gives_the_same_bits(finished: tuple[Path, dict], tiny
     """Law 4 across a crash: killed while weights are being written, continued, equal to the last bit."""
     import torch
 
-    out, threads = tmp_path / "out", str(torch.get_num_threads())  # sums depend on how many threads share them
+    out, threads = tmp_path / "out", str(torch.get_num_threads())  # sums depend on how many share them
     code = ("from pathlib import Path; from rarefy.run.job import Job, compress\n"
             f"compress(Job({str(tiny_gemma3)!r}, Path({str(out)!r}), to='40%', effort='quick', "
             "data=('python-docs',)))")
