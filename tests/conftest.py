@@ -5,6 +5,7 @@ tokenizer: byte-level BPE with 512 tokens. Each is trained here on the Python la
 seconds, because noise compresses like nothing that people use: its rows all matter alike, and rounding
 moves no answer. ``tiny_random(family)`` is an untrained one of any family. The folders are shared by all
 tests and kept in pytest's cache until this file or the libraries change: copy before you damage one.
+Networks that are no language models are in ``tiny_networks``.
 """
 
 # ruff: noqa: E402  (the import hook must stand before what it watches)
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from standard import evidence, weight  # noqa: F401  (fixtures)
+from tiny_networks import tiny_cnn, tiny_encoder  # noqa: F401  (fixtures)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -91,7 +93,8 @@ RANDOM: dict[str, dict[str, Any]] = {
 def cached(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``cached(name, make)``: the folder that ``make(folder)`` filled, once for all workers and runs."""
     versions = f"{torch.__version__} {transformers.__version__}"
-    key = hashlib.sha256(Path(__file__).read_bytes() + versions.encode()).hexdigest()[:16]
+    own = Path(__file__), Path(__file__).with_name("tiny_networks.py")
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in own) + versions.encode()).hexdigest()[:16]
     cache = getattr(request.config, "cache", None)
     root = (tmp_path_factory.getbasetemp().parent if cache is None else cache.mkdir("tiny-models")) / key
 

@@ -3,6 +3,8 @@
 A *site* is a weight matrix that techniques rewrite; everything else (norms, biases, learnt positions)
 is a *param* and is carried along. A path is the matrix's name in the state dict of transformers. When
 input embedding and output head are one matrix there is one site, of role ``embed``, and ``tied`` says so.
+
+Techniques see every weight as a matrix [out, in]; ``matrix`` and ``stored`` of a site go there and back.
 """
 
 from __future__ import annotations
@@ -12,19 +14,36 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from torch import Tensor
+
 from rarefy.core.errors import ModelError
 from rarefy.models.families import Family
 
 
 @dataclass(frozen=True)
 class Site:
-    """One matrix: ``shape`` is (out, in) whatever the file's order; ``block`` is None outside the blocks."""
+    """One matrix: ``shape`` is (out, in) whatever the file's order; ``block`` is None outside the blocks.
+
+    transposed: the file holds [in, out]. kernel: the axes that a row of a convolution is flattened from,
+    (in / groups, height, width).
+    """
 
     path: str
     role: str
     shape: tuple[int, int]
     block: int | None
     transposed: bool = False
+    kernel: tuple[int, ...] = ()
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The weight as a matrix [out, in], from how the file holds it."""
+        return values.T if self.transposed else values.flatten(1) if self.kernel else values
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The weight as the file holds it, from a matrix [out, in]."""
+        if self.transposed:
+            return matrix.T
+        return matrix.reshape(self.shape[0], *self.kernel) if self.kernel else matrix
 
 
 @dataclass(frozen=True)
@@ -35,15 +54,12 @@ class Param:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class ModelMap:
-    """Sites and params in the order of the network, embedding first, head last."""
+class Map:
+    """Sites and params in the order of the network. Abstract."""
 
-    family: Family
     sites: tuple[Site, ...]
     params: tuple[Param, ...]
     blocks: int
-    tied: bool
 
     @cached_property
     def by_path(self) -> dict[str, Site]:
@@ -51,18 +67,29 @@ class ModelMap:
         return {site.path: site for site in self.sites}
 
     @property
-    def head(self) -> Site:
-        """The site that makes the logits: the head, or the embedding when they are tied."""
-        return next(site for site in self.sites if site.role == ("embed" if self.tied else "head"))
-
-    @property
     def parameters(self) -> int:
-        """How many numbers the model holds, a tied head counted once."""
+        """How many numbers the model holds, a shared weight counted once."""
         return sum(prod(site.shape) for site in self.sites) + sum(prod(param.shape) for param in self.params)
 
     def in_block(self, index: int) -> tuple[Site, ...]:
         """The sites of one block."""
         return tuple(site for site in self.sites if site.block == index)
+
+
+@dataclass(frozen=True)
+class ModelMap(Map):
+    """The map of a causal language model: embedding first, head last."""
+
+    family: Family
+    sites: tuple[Site, ...]
+    params: tuple[Param, ...]
+    blocks: int
+    tied: bool
+
+    @property
+    def head(self) -> Site:
+        """The site that makes the logits: the head, or the embedding when they are tied."""
+        return next(site for site in self.sites if site.role == ("embed" if self.tied else "head"))
 
 
 def map_model(family: Family, shapes: Mapping[str, tuple[int, ...]], blocks: int, tied: bool) -> ModelMap:

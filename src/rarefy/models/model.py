@@ -109,13 +109,17 @@ class Model:
 
 def skeleton(config: Any) -> Any:
     """The transformers network of a config: parameters on the meta device, buffers real, in eval mode."""
-    network = _layout(config)
+    return fill_buffers(_layout(config)).eval().requires_grad_(False)
+
+
+def fill_buffers(network: Any) -> Any:
+    """Give a network that was laid out on the meta device its buffers, with transformers' own values."""
     for module in network.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             for key, buffer in module.named_buffers(recurse=False):
-                setattr(module, key, torch.empty_like(buffer, device="cpu"))
-            network._init_weights(module)  # transformers' own values: rotary frequencies, embedding scale
-    return network.eval().requires_grad_(False)
+                setattr(module, key, torch.zeros_like(buffer, device="cpu"))
+            network._init_weights(module)  # rotary frequencies, positions, embedding scale
+    return network
 
 
 def _layout(config: Any) -> Any:
