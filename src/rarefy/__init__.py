@@ -40,11 +40,17 @@ def compress(model: Any, to: str | None = None, *, max_kl: float | None = None, 
     return work(Job(ref, Path(out), to=to, max_kl=max_kl, **settings))
 
 
-def load(ref: Path | str, **settings: Any) -> Any:
+def load(ref: Path | str, *, fast: bool = False, **settings: Any) -> Any:
     """A transformers network, ready to run, from a native folder, a ``.gguf`` file or any other model.
 
-    ``dtype``: torch's type of the weights, float32 if not given.
+    fast: compressed weights run by the fastest kernels that there are for them, and ``network.lowered`` says
+    how each one does; such a network does not train. Otherwise all are decoded. ``dtype``: torch's type of
+    the weights, float32 if not given.
     """
+    if fast:
+        from rarefy.runtimes.torch import load as load_fast
+
+        return load_fast(ref, **settings)
     from rarefy.export.native import load as load_network  # importing rarefy must not import torch
 
     return load_network(ref, **settings)

@@ -293,10 +293,15 @@ def decode_mask(data: np.ndarray, shape: tuple[int, ...]) -> Bool[Tensor, "*shap
 
 def _tiled(grid: Tensor, flags: int) -> bytes:
     """Flags, the tile if there is one, and the entries that are left."""
-    tile = (_step(grid), _step(grid.T))
+    tile = tile_of(grid)
     if tile == (1, 1):
         return bytes([flags]) + _entries(grid)
     return bytes([flags | TILED]) + np.array(tile, "<u4").tobytes() + _entries(grid[::tile[0], ::tile[1]])
+
+
+def tile_of(grid: Bool[Tensor, "rows columns"]) -> tuple[int, int]:
+    """Rows and columns of the largest tile on which a mask is constant, the tiles starting in its corner."""
+    return _step(grid), _step(grid.T)
 
 
 def _step(grid: Tensor) -> int:
