@@ -29,7 +29,8 @@ EXIT_CODES = (
     (0, "done"), (1, "unexpected error (--debug shows the traceback)"), (2, "wrong usage"),
     (3, "the model cannot be loaded"), (4, "the data is unusable"), (5, "the recipe or an option is wrong"),
     (6, "the budget is impossible or was missed"), (7, "the target runtime cannot do it"),
-    (8, "the output cannot be written"), (9, "a technique cannot edit a weight"), (130, "interrupted"),
+    (8, "the output cannot be written"), (9, "a technique cannot edit a weight"),
+    (10, "training went wrong"), (130, "interrupted"),
 )
 WIDE = 10_000  # columns where there is no terminal: nothing is wrapped or cut
 _debug = False

@@ -54,6 +54,12 @@ class EditError(RarefyError):
     exit_code = 9
 
 
+class TrainingError(RarefyError):
+    """Training went wrong: the loss is no number any more, or nothing is left to train."""
+
+    exit_code = 10
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest known words, or an empty string."""
     from difflib import get_close_matches

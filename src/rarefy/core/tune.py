@@ -5,6 +5,7 @@ result gives the dense matrix, differentiable in what moves. What moves is a cho
 
     weights    the values of Dense leaves that are no factor (under a mask: those that it keeps)
     factors    the values of Dense leaves below a product or a tensor decomposition
+    adapters   the same where the product is a further term of a sum: base + adapter, rounded + repair
     scales     scales and zeros of Quantized leaves, codes fixed
     codebooks  values of Clustered leaves, indices fixed
     buckets    values of Hashed leaves
@@ -15,7 +16,7 @@ scores, gates). ``harden`` gives the tree back, of the same shape and with what 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -26,11 +27,16 @@ from rarefy.core.edit import Leaf
 from rarefy.core.errors import EditError, RecipeError, did_you_mean
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
 
-MOVERS = ("weights", "factors", "scales", "codebooks", "buckets")
+MOVERS = ("weights", "factors", "adapters", "scales", "codebooks", "buckets")
+PACE = {"scale": 10.0, "zero": 10.0}  # how much faster than weights, relative to their own size, these learn
 
 
 class Soft(nn.Module):
-    """A weight in training: ``forward()`` gives its matrix [out, in] in float32. Abstract."""
+    """A weight in training: ``forward()`` gives its matrix [out, in] in float32. Abstract.
+
+    What lasts from one step to the next is a parameter or a persistent buffer: these are what a checkpoint
+    holds. Noise comes from torch's default generator, which the loop seeds anew for every batch.
+    """
 
     def forward(self) -> Tensor:
         raise NotImplementedError
@@ -41,6 +47,14 @@ class Soft(nn.Module):
 
     def update(self, step: int, total: int) -> None:
         """Called after optimizer step ``step`` of ``total``: schedules (masks that grow) move here."""
+
+    def paces(self) -> dict[str, float]:
+        """By name of a parameter of this very module: how much faster than weights it learns (default 1).
+
+        The optimizer's steps are of one size for all numbers; what is much smaller or larger than a weight
+        says so here. These parameters are not decayed.
+        """
+        return {}
 
     def harden(self) -> Node:
         """The node that this module has become."""
@@ -78,13 +92,23 @@ class Moving(Soft):
 
     def __init__(self, node: Dense | Quantized | Clustered | Hashed) -> None:
         super().__init__()
-        self.node = node
+        self.node: Node = node
         for name, value in _numbers(node).items():
             self.register_parameter(f"moving_{name}", nn.Parameter(value.detach().to(torch.float32).clone()))
 
     def forward(self) -> Tensor:
-        return _with_numbers(self.node, {name: self.get_parameter(f"moving_{name}")
-                                         for name in _numbers(self.node)}).dense()
+        moving: dict[str, Tensor] = {name: self.get_parameter(f"moving_{name}")
+                                     for name in _numbers(self.node)}
+        self.node = on(self.node, next(iter(moving.values())).device)
+        return _with_numbers(self.node, moving).dense()
+
+    def paces(self) -> dict[str, float]:
+        """Scales and zeros learn by a share of their own size: a step that suits weights would undo them."""
+        if isinstance(self.node, Dense):
+            return {}
+        sizes = {name: float(value.float().square().mean().sqrt())
+                 for name, value in _numbers(self.node).items()}
+        return {f"moving_{name}": PACE[name] * size if name in PACE else 1.0 for name, size in sizes.items()}
 
     def harden(self) -> Node:
         return _with_numbers(self.node, {
@@ -100,7 +124,9 @@ class Composed(Soft):
         self.node, self.below = node, nn.ModuleList(children)
 
     def forward(self) -> Tensor:
-        return self.node.rebuilt(tuple(Dense(child()) for child in self.below)).dense()
+        below = tuple(Dense(child()) for child in self.below)
+        self.node = on(self.node, below[0].values.device)
+        return self.node.rebuilt(below).dense()
 
     def penalty(self) -> Tensor:
         return sum((child.penalty() for child in self._children()), torch.zeros(()))
@@ -121,15 +147,18 @@ class Composed(Soft):
 
 
 def soften(leaf: Leaf, moves: frozenset[str], technique: Trainer | None = None,
-           generator: torch.Generator | None = None) -> Soft:
+           generator: torch.Generator | None = None, *, still: bool = False) -> Soft:
     """The tree ``leaf.node`` as a module. moves: a choice of MOVERS, for the leaves that ``technique`` (if
-    any) does not edit. ``leaf.target``: the original weight. EditError when nothing would move."""
+    any) does not edit. ``leaf.target``: the original weight. still: a weight in which nothing moves is given
+    back as ``Fixed``; without it that is an EditError."""
     wrong = sorted(moves - set(MOVERS))
     if wrong:
         raise RecipeError(f"nothing called {wrong[0]!r} can be trained{did_you_mean(wrong[0], list(MOVERS))}")
     walk = _Softening(moves, technique, generator or torch.Generator())
-    soft = walk.node(leaf, inside=False)
+    soft = walk.node(leaf, "weights")
     if not any(True for _ in soft.parameters()):
+        if still:
+            return Fixed(leaf.node)
         what = ", ".join(sorted(moves)) or "this technique"
         raise EditError(f"{leaf.site}: nothing in it moves under {what}")
     return soft
@@ -139,13 +168,14 @@ class _Softening:
     def __init__(self, moves: frozenset[str], technique: Trainer | None, generator: torch.Generator) -> None:
         self.moves, self.technique, self.generator = moves, technique, generator
 
-    def node(self, leaf: Leaf, *, inside: bool) -> Soft:
+    def node(self, leaf: Leaf, inside: str) -> Soft:
+        """inside: which mover moves the plain values here."""
         node = leaf.node
         if self.technique is not None and isinstance(node, self.technique.edits):
             return self.technique.soften(leaf, self.generator)
         match node:
             case Dense():
-                return Moving(node) if ("factors" if inside else "weights") in self.moves else Fixed(node)
+                return Moving(node) if inside in self.moves else Fixed(node)
             case Quantized():
                 return Moving(node) if "scales" in self.moves else Fixed(node)
             case Clustered():
@@ -155,8 +185,8 @@ class _Softening:
         below = node.children()
         if not below:
             return Fixed(node)
-        factors = inside or not isinstance(node, Sum | Masked)
-        return Composed(node, [self.node(self._below(leaf, k), inside=factors) for k in range(len(below))])
+        return Composed(node, [self.node(self._below(leaf, k), _inside(node, k, inside))
+                               for k in range(len(below))])
 
     def _below(self, leaf: Leaf, index: int) -> Leaf:
         """One child as a leaf, with what it should stand for given the others."""
@@ -170,6 +200,32 @@ class _Softening:
             case Product():
                 return replace(leaf, node=child, target=child.dense(), keep=None, evidence=None, kernel=())
         return replace(leaf, node=child, target=child.dense(), keep=None, evidence=None, kernel=())
+
+
+def on(node: Node, device: torch.device) -> Node:
+    """The same node with its tensors on a device; itself, if they are there."""
+    moved: dict[str, object] = {}
+    for each in fields(node):  # type: ignore[arg-type]
+        match getattr(node, each.name):
+            case Tensor() as value if value.device != device:
+                moved[each.name] = value.to(device)
+            case Node() as child if (there := on(child, device)) is not child:
+                moved[each.name] = there
+            case tuple() as several if several and isinstance(several[0], Node):
+                there_too = tuple(on(child, device) for child in several)
+                if any(a is not b for a, b in zip(there_too, several, strict=True)):
+                    moved[each.name] = there_too
+    return replace(node, **moved) if moved else node  # type: ignore[type-var]
+
+
+def _inside(node: Node, index: int, above: str) -> str:
+    """The mover of the plain values in child ``index`` of ``node``."""
+    match node:
+        case Masked():
+            return above
+        case Sum(terms=terms):
+            return "adapters" if index and isinstance(terms[index], Product) else above
+    return "factors" if above == "weights" else above
 
 
 def _numbers(node: Node) -> dict[str, Tensor]:

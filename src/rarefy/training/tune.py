@@ -1,0 +1,172 @@
+"""``tune``: train what a compressed network still has to give, against one objective.
+
+Recovery after pruning, scales after rounding, k-means books, low-rank factors, adapters on a rounded base,
+and techniques that only exist during training are one call; they differ in what moves. Any of
+
+    weights, factors, adapters, scales, codebooks, buckets      leaves of the trees (``core.tune``)
+    norms, biases, params                                       vectors beside them; all of what is no site
+    everything                                                  all of these
+
+or the leaves of a technique of scope "training". The original stays as it is, and can be the teacher.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.calibration.samples import materialize
+from rarefy.core.edit import Leaf
+from rarefy.core.errors import RecipeError, did_you_mean
+from rarefy.core.nodes import Dense, Node, Shared
+from rarefy.core.nouns import Evidence
+from rarefy.core.tune import MOVERS, Soft, Trainer, soften
+from rarefy.models.map import Map, Site
+from rarefy.models.model import Model
+from rarefy.training.loop import Advance, Curve, Examples, Gate, Settings, fit, held_out
+from rarefy.training.student import Learning, Objective, Student
+
+BESIDE = ("norms", "biases", "params")
+MOVES = (*MOVERS, *BESIDE, "everything")
+
+
+class Trainable(Protocol):
+    """A network that can be tuned: its map, its original weights, and itself as a module."""
+
+    name: str
+    map: Map
+
+    def weight(self, path: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What training made: the tree of every site that it was given or that moved, other tensors that are no
+    longer the original's, how it went, and what the techniques report of it."""
+
+    trees: dict[str, Node]
+    params: dict[str, Tensor]
+    curve: Curve
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """What moves and what does not.
+
+    moves: any of MOVES. technique: of scope "training", for the leaves that it edits. where: globs over the
+    paths of sites that train; the others stand still. evidence: by site, for techniques that ask for it.
+    dropout: whether the network's own is on.
+    """
+
+    moves: frozenset[str] = frozenset({"everything"})
+    technique: Trainer | None = None
+    where: tuple[str, ...] = ("*",)
+    evidence: Mapping[str, Evidence] | None = None
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        for word in sorted(self.moves):
+            if word not in MOVES:
+                raise RecipeError(f"nothing called {word!r} can be trained{did_you_mean(word, list(MOVES))}; "
+                                  f"choose of {', '.join(MOVES)}")
+
+    @property
+    def leaves(self) -> frozenset[str]:
+        """The movers of leaves."""
+        return frozenset(MOVERS) if "everything" in self.moves else self.moves & set(MOVERS)
+
+    def beside(self, path: str, values: Tensor) -> bool:
+        """Whether a tensor that is no site moves."""
+        if not values.is_floating_point() or "everything" in self.moves or "params" in self.moves:
+            return values.is_floating_point()
+        return ("biases" if path.endswith("bias") else "norms") in self.moves and values.ndim < 2
+
+
+def tune(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, objective: Objective,
+         examples: Examples, settings: Settings, *, held: Examples | None = None, gate: Gate | None = None,
+         folder: Path | None = None, identity: dict[str, str] | None = None,
+         advance: Advance | None = None) -> Tuned:
+    """Train ``network`` as it stands with ``trees`` at some of its sites.
+
+    objective: a loss per unit. held: examples of the gate, or ``gate`` itself; without either the last state
+    remains. folder, identity, advance: as in ``fit``. RecipeError when nothing moves.
+    """
+    student = student_of(network, trees, tuning, settings)
+    task = Learning(student, objective)
+    if gate is None and held is not None:
+        gate = held_out(task, held)
+    names = {"network": network.name, "moves": ", ".join(sorted(tuning.moves)),
+             "technique": repr(tuning.technique), **(identity or {})}
+    curve = fit(task, examples, settings, gate=gate, folder=folder, identity=names, advance=advance)
+    return Tuned(student.trees(), student.changed(), curve)
+
+
+def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, settings: Settings) -> Student:
+    """The student of ``network`` in which moves what ``tuning`` says."""
+    module = module_of(network)
+    chosen = _chosen(network.map.sites, tuning.where)
+    wrong = [path for path in trees if path not in network.map.by_path]
+    if wrong:
+        raise RecipeError(f"{wrong[0]}: no such weight{did_you_mean(wrong[0], list(network.map.by_path))}")
+    generator = torch.Generator().manual_seed(settings.seed)
+    softs: dict[str, tuple[Site, Soft]] = {}
+    for site in network.map.sites:
+        soft = _soft(network, site, trees.get(site.path), tuning, site.path in chosen, generator)
+        if soft is not None:
+            softs[site.path] = (site, soft)
+    own = dict(module.named_parameters())
+    params = tuple(path for path, values in own.items()
+                   if path not in network.map.by_path and tuning.beside(path, values))
+    if not params and not any(True for _, soft in softs.values() for _ in soft.parameters()):
+        raise RecipeError(f"{network.name}: nothing moves under {', '.join(sorted(tuning.moves))}; choose of "
+                          f"{', '.join(MOVES)}")
+    return Student(module, softs, params, dropout=tuning.dropout, checkpointing=settings.checkpointing)
+
+
+def module_of(network: Trainable) -> nn.Module:
+    """The network with its original weights, float32, frozen."""
+    if isinstance(network, Model):
+        whole: nn.Module = materialize(network, torch.float32)
+        return whole
+    module: Any = getattr(network, "module", None)
+    if not isinstance(module, nn.Module):
+        raise RecipeError(f"{network.name}: holds no module to train")
+    return module
+
+
+def _soft(network: Trainable, site: Site, tree: Node | None, tuning: Tuning, trains: bool,
+          generator: torch.Generator) -> Soft | None:
+    """The weight of a site in training; None: the original stands there and stays."""
+    if isinstance(tree, Shared):  # follows its owner, to which the network's modules point
+        return None
+    if tree is None and not (trains and _dense_moves(tuning)):
+        return None
+    original = network.weight(site.path)
+    evidence = None if tuning.evidence is None else tuning.evidence.get(site.path)
+    leaf = Leaf(site.path, Dense(original) if tree is None else tree, original, None, evidence, site.kernel)
+    if not trains:
+        return soften(leaf, frozenset(), still=True)
+    return soften(leaf, tuning.leaves, tuning.technique, generator, still=True)
+
+
+def _dense_moves(tuning: Tuning) -> bool:
+    return "weights" in tuning.leaves or (tuning.technique is not None and Dense in tuning.technique.edits)
+
+
+def _chosen(sites: Sequence[Site], patterns: Sequence[str]) -> set[str]:
+    """Paths that any pattern matches; RecipeError for one that matches none."""
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {site.path for site in sites if site.role == pattern.removeprefix("role:")
+                or fnmatch.fnmatchcase(site.path, pattern)}
+        if not hits:
+            raise RecipeError(f"pattern {pattern!r} matches no weight"
+                              f"{did_you_mean(pattern, [site.path for site in sites])}")
+        found |= hits
+    return found
