@@ -27,6 +27,7 @@ from rarefy.formats.ggml import CODECS, Codec
 from rarefy.formats.gguf import ALIGNMENT, Entry, GgufFile, Lazy, ValueType, gguf_size, write_gguf
 from rarefy.models.map import Site
 from rarefy.models.model import Model
+from rarefy.models.rewritten import original
 from rarefy.models.sources import ROPE_TENSORS, GgufSource
 
 # From the fastest kernels on, within a size; all of them load for any weight whose rows they fit,
@@ -205,7 +206,7 @@ def _name(model: Model, path: str) -> str:
 
 
 def _gguf_file(model: Model) -> GgufFile | None:
-    match model.source:
+    match original(model.source):
         case GgufSource(file=file):
             return file
         case _:

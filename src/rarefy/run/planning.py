@@ -20,6 +20,7 @@ from torch import Tensor
 
 import rarefy.techniques
 from rarefy.calibration.evidence import survey
+from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nouns import Budget, Choice, Evidence, Option, Step
@@ -121,6 +122,11 @@ def trainers() -> dict[str, type[Any]]:
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "training"}
 
 
+def transforms() -> dict[str, type[Any]]:
+    """Every technique that changes coupled axes of a model before its leaves, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "axes"}
+
+
 def _found() -> dict[str, type[Any]]:
     """The dataclass that each file under ``techniques/`` defines: the one that declares what it edits."""
     found = {}
@@ -143,7 +149,17 @@ def plannable() -> list[type[Any]]:
 
 def build(step: Step, format_name: str = "") -> Technique:
     """The technique that a step names, with its settings; the grid is the format's where it takes one."""
-    known = techniques()
+    technique: Technique = _made(step, techniques(), format_name)
+    return technique
+
+
+def build_transform(step: Step) -> Transform:
+    """The technique of scope ``axes`` that a step names, with its settings."""
+    technique: Transform = _made(step, transforms(), step.format)
+    return technique
+
+
+def _made(step: Step, known: Mapping[str, type[Any]], format_name: str) -> Any:
     if step.technique not in known:
         raise RecipeError(f"technique {step.technique!r} does not exist"
                           f"{did_you_mean(step.technique, list(known))}")
@@ -155,8 +171,7 @@ def build(step: Step, format_name: str = "") -> Technique:
     settings = dict(step.settings)
     if "grid" in fields and "grid" not in settings and format_name:
         settings["grid"] = CODECS[format_name].grid
-    technique: Technique = kind(**settings)
-    return technique
+    return kind(**settings)
 
 
 def work_of(plan: Plan, effort: Effort) -> dict[str, Work]:

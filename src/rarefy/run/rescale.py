@@ -1,0 +1,143 @@
+"""Techniques of scope ``axes``: a model in, a view of it that computes the same and compresses better out.
+
+What a technique needs to see is gathered block by block, from the model as it is: the change of a group
+leaves the inputs of all others as they were, so one pass over the text serves every group. The view is an
+ordinary model; surveys, sweeps and exports take it in place of the original, which stays what the result is
+measured against.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.calibration.channels import block_inputs, head_inputs
+from rarefy.calibration.evidence import Advance, Stream
+from rarefy.core.axes import AxisGroup, Change, Inputs, Reader, Transform
+from rarefy.core.errors import EditError, RecipeError
+from rarefy.core.nouns import Receipt, Step
+from rarefy.models.axes import Coupling, changes, couplings
+from rarefy.models.model import Model
+from rarefy.models.rewritten import rewritten, untied
+from rarefy.models.runner import Runner
+from rarefy.numerics.grids import Grid
+from rarefy.run.planning import build_transform, transforms
+from rarefy.run.recipe import matching
+from rarefy.run.sweep import Work
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaled:
+    """The view, and one receipt per group that was changed or had something to say (their bits are 0: no
+    number of the file is added or saved)."""
+
+    model: Model
+    receipts: tuple[Receipt, ...]
+
+
+@torch.no_grad()
+def transformed(model: Model, technique: Transform, tokens: Tensor | None = None, *, name: str = "",
+                grids: Mapping[str, Grid] | None = None, where: Sequence[str] = ("*",), seed: int = 0,
+                advance: Advance = lambda done, total: None) -> Rescaled:
+    """``model`` after ``technique``, computing what it computed before.
+
+    tokens: calibration windows [windows, length], for techniques that need inputs. name: of the technique,
+    for messages. grids: what each site will be rounded to afterwards. where: patterns of sites; a group
+    takes part when all of its readers match.
+    """
+    name = name or type(technique).__name__.lower()
+    if technique.needs and tokens is None:
+        raise EditError(f"{model.name}: {name} needs calibration text; pass data")
+    receipts = []
+    if technique.unties and model.map.tied:
+        model = untied(model)
+        receipts.append(Receipt(model.map.head.path, name, 0, 0, float("nan"), 0.0,
+                                note="untied: the head is a matrix of its own"))
+    done: list[tuple[Coupling, Change]] = []
+    for coupling, inputs in _seen(model, _chosen(model, where, name), tokens if technique.needs else None,
+                                  advance):
+        started = time.perf_counter()
+        own_seed = seed ^ zlib.crc32(f"{coupling.role} {coupling.site}".encode())
+        change = technique.transform(_group(model, coupling, inputs, grids or {}),
+                                     torch.Generator().manual_seed(own_seed))
+        if not change.empty or change.note:
+            done.append((coupling, change))
+            receipts.append(Receipt(coupling.site, name, 0, 0, float("nan"), time.perf_counter() - started,
+                                    note=change.note))
+    if not done:
+        raise EditError(f"{model.name}: {name} found no channels to change; if it weighs the rounding that "
+                        "follows (awq), give later steps a format, or the technique a grid")
+    return Rescaled(rewritten(model, (each for coupling, change in done
+                                      for each in changes(model, coupling, change))), tuple(receipts))
+
+
+def rescaled(model: Model, steps: Sequence[Step], work: Mapping[str, Work], tokens: Tensor | None, seed: int,
+             advance: Advance = lambda done, total: None) -> Rescaled:
+    """Every step of scope ``axes`` in turn. work: what will be done to the leaves afterwards."""
+    grids = {path: grid for path, each in work.items() if (grid := _grid(each)) is not None}
+    receipts: tuple[Receipt, ...] = ()
+    for step in steps:
+        done = transformed(model, build_transform(step), tokens, name=step.technique, grids=grids,
+                           where=step.where, seed=seed, advance=advance)
+        model, receipts = done.model, receipts + done.receipts
+    return Rescaled(model, receipts)
+
+
+def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """The steps of scope ``axes``, which must come first, and those for the leaves."""
+    known = transforms()
+    axes = tuple(step for step in steps if step.technique in known)
+    if steps[:len(axes)] != axes:
+        late = next(step for k, step in enumerate(steps) if step in axes and k and steps[k - 1] not in axes)
+        raise RecipeError(f"{late.technique}: rescales channels of the whole model and must come before the "
+                          "steps that rewrite single weights; move it to the top of the steps")
+    return axes, tuple(steps[len(axes):])
+
+
+def _grid(work: Work) -> Grid | None:
+    """The grid that the last technique of a chain leaves the weight on."""
+    found = (getattr(technique, "grid", None) for _, technique in reversed(work.chain))
+    return next((grid for grid in found if isinstance(grid, Grid)), None)
+
+
+def _chosen(model: Model, where: Sequence[str], name: str) -> list[Coupling]:
+    matched = {site.path for site in matching(model.map.sites, where)}
+    chosen = [each for each in couplings(model) if all(reader.path in matched for reader in each.readers)]
+    if not chosen:
+        raise RecipeError(f"{name}: the patterns {', '.join(where)} match no group of channels whole; those "
+                          "that read the same channels (q, k and v; gate and up; o; down) belong together")
+    return chosen
+
+
+def _seen(model: Model, chosen: list[Coupling], tokens: Tensor | None,
+          advance: Advance) -> Iterator[tuple[Coupling, Inputs | None]]:
+    """Every coupling with what arrives behind it; without tokens nothing is looked at."""
+    if tokens is None:
+        yield from ((coupling, None) for coupling in chosen)
+        return
+    stream = Stream(Runner(model), tokens)
+    last = [coupling for coupling in chosen if coupling.block is None and coupling.scales]
+    for index in range(model.map.blocks):
+        inside = [coupling for coupling in chosen if coupling.block == index]
+        # all readers of a coupling have the same input
+        inputs = block_inputs(stream, index, {coupling.readers[0].path for coupling in inside})
+        for coupling in inside:
+            yield coupling, inputs[coupling.readers[0].path]
+        if index + 1 < model.map.blocks or last:
+            stream.advance(index)
+        advance(index + 1, model.map.blocks)
+    for coupling in last:
+        yield coupling, head_inputs(stream)
+
+
+def _group(model: Model, coupling: Coupling, inputs: Inputs | None, grids: Mapping[str, Grid]) -> AxisGroup:
+    readers = () if inputs is None else tuple(
+        Reader(member.path, model.weight(member.path), member.channel, inputs, grids.get(member.path))
+        for member in coupling.readers)
+    return AxisGroup(coupling.site, coupling.role, coupling.size, coupling.scales, coupling.turns,
+                     coupling.barrier, readers)
