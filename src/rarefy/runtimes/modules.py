@@ -162,8 +162,8 @@ class Sparse(Matrix):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         makers = {"rows": torch.sparse_csr_tensor, "tiles": torch.sparse_bsr_tensor}
-        self.parts = {name: makers[name](*made, self.shape, check_invariants=True)
-                      for name, made in state["parts"].items()}
+        self.parts = {name: makers[name](starts, columns, values, size=self.shape, check_invariants=True)
+                      for name, (starts, columns, values) in state["parts"].items()}
 
 
 class HashedRows(Matrix):
