@@ -18,11 +18,12 @@ from rarefy.techniques.quantize.rtn import RTN
 
 TECHNIQUES = techniques()
 ROWS = 24
+KERNEL = (16, 4, 4)  # how a row of 256 was flattened, for techniques that decompose convolutions
 
 
 def run(technique: Any, tree: Node, original: Tensor, evidence: Evidence | None, seed: int = 0) -> Any:
     return edit("layers.3.mlp.up", tree, original, technique, "law", evidence,
-                torch.Generator().manual_seed(seed))
+                torch.Generator().manual_seed(seed), KERNEL)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,10 @@ def test_edit_keeps_shape_and_masks_and_repeats(name: str, kind: str, small: Ten
         with pytest.raises(ValueError, match=r"layers\.3\.mlp\.up: 16 columns"):
             run(technique, tree, small, seen)
         return
+    if kind == "sum with product" and "convolution" in (type(technique).__doc__ or ""):
+        with pytest.raises(EditError, match=r"layers\.3\.mlp\.up: .* no window; use svd"):
+            run(technique, tree, small, seen)
+        return
     after, receipt = run(technique, tree, small, seen)
     again, _ = run(technique, tree, small, seen)
     assert after.shape == tree.shape == small.shape
@@ -71,8 +76,10 @@ def test_edit_keeps_shape_and_masks_and_repeats(name: str, kind: str, small: Ten
     assert bool(torch.isfinite(after.dense()).all())
     assert receipt.bits_after == after.bits() and receipt.bits_before == tree.bits()
     if isinstance(tree, Masked):
-        assert isinstance(after, Masked) and torch.equal(after.keep, tree.keep)
-        assert not bool(after.dense()[~tree.keep].any())
+        # what repairs a masked weight adds to it from outside
+        masked = after.terms[0] if isinstance(after, Sum) and Masked in technique.edits else after
+        assert isinstance(masked, Masked) and torch.equal(masked.keep, tree.keep)
+        assert not bool(masked.dense()[~tree.keep].any())
 
 
 @pytest.mark.parametrize("name", sorted(TECHNIQUES))
@@ -87,8 +94,11 @@ def test_beats_its_naive_baseline(name: str, small: Tensor, seen: Evidence) -> N
     baseline, technique = TECHNIQUES[TECHNIQUES[name].beats](), TECHNIQUES[name]()
     start, before = run(baseline, Dense(small), small, seen)
     tree = start if Dense not in technique.edits else Dense(small)
-    _, after = run(technique, tree, small, seen)
-    assert after.error < before.error
+    done, after = run(technique, tree, small, seen)
+    if "fisher" in technique.needs:  # what it lowers is the predicted KL, in which outputs do not count alike
+        assert seen.damage(done.dense() - small) < seen.damage(start.dense() - small)
+    else:
+        assert after.error < before.error
     assert after.bits_after <= before.bits_after
 
 

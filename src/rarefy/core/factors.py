@@ -68,19 +68,17 @@ class Extent:
                 raise EditError(f"{leaf.site}: rank={self.rank} is above the full rank {full}; "
                                 f"pass rank={full // self.multiple * self.multiple or 1} or less")
             return self.rank
-        if self.energy is not None and energies is not None:
-            wanted = rank_of_energy(energies, self.energy)
-            rank = -(-wanted // self.multiple) * self.multiple
-            rank = rank if rank <= full else full // self.multiple * self.multiple
-        else:
-            allowed = self.allowed(leaf)
-            assert allowed is not None
-            self.afford(leaf, unit * self.multiple, allowed)
-            rank = min(allowed // unit, full) // self.multiple * self.multiple
-        if rank < 1:
+        largest = full // self.multiple * self.multiple
+        if largest == 0:
             raise EditError(f"{leaf.site}: the full rank {full} holds no multiple of {self.multiple}; "
                             "pass a smaller multiple")
-        return rank
+        if self.energy is not None and energies is not None:
+            wanted = rank_of_energy(energies, self.energy)
+            return min(-(-wanted // self.multiple) * self.multiple, largest)
+        allowed = self.allowed(leaf)
+        assert allowed is not None
+        self.afford(leaf, unit * self.multiple, allowed)
+        return min(allowed // unit // self.multiple * self.multiple, largest)
 
     def afford(self, leaf: Leaf, least: int, allowed: int) -> None:
         """Refuse a budget below the ``least`` bits that any factors take."""
@@ -89,6 +87,7 @@ class Extent:
         bits = leaf.node.bits()
         told = self.default if self.ratio is None else self.ratio
         remedy = (f"pass ratio={-(-least * 1000 // bits) / 1000:g} or more" if least <= bits
+                  else "pass a smaller multiple" if self.multiple > 1
                   else "no factors are smaller than this weight, leave it as it is")
         raise EditError(f"{leaf.site}: ratio={told:g} of {bits} bits allows {allowed}, and the smallest "
                         f"factors take {least}; {remedy}")

@@ -212,6 +212,9 @@ class Masked(Node):
     def select(self, axis: int, index: Tensor) -> Masked:
         return Masked(self.keep.index_select(axis, index), self.inner.select(axis, index))
 
+    def rows(self, index: Tensor) -> Tensor:
+        return torch.where(self.keep.index_select(0, index), self.inner.rows(index), 0.0)
+
     def children(self) -> tuple[Node, ...]:
         return (self.inner,)
 
@@ -242,6 +245,9 @@ class Product(Node):
             return replace(self, left=self.left.select(0, index))
         return replace(self, right=self.right.select(1, index))
 
+    def rows(self, index: Tensor) -> Tensor:
+        return self.left.rows(index) @ self.right.dense()
+
     def children(self) -> tuple[Node, ...]:
         return (self.left, self.right)
 
@@ -250,8 +256,9 @@ class Product(Node):
 
     def fitted(self, index: int, target: Tensor) -> Tensor:
         # in float64, so that what LAPACK leaves to chance lies below the bits that are kept
-        other = torch.linalg.pinv(self.children()[1 - index].dense().double())
-        return (target.double() @ other if index == 0 else other @ target.double()).float()
+        other: Tensor = torch.linalg.pinv(self.children()[1 - index].dense().double())
+        fitted: Tensor = target.double() @ other if index == 0 else other @ target.double()
+        return fitted.float()
 
 
 @final
@@ -276,6 +283,12 @@ class Sum(Node):
 
     def select(self, axis: int, index: Tensor) -> Sum:
         return Sum(tuple(term.select(axis, index) for term in self.terms))
+
+    def rows(self, index: Tensor) -> Tensor:
+        total = self.terms[0].rows(index)
+        for term in self.terms[1:]:
+            total = total + term.rows(index)
+        return total
 
     def children(self) -> tuple[Node, ...]:
         return self.terms
@@ -308,3 +321,6 @@ class Shared(Node):
 
     def select(self, axis: int, index: Tensor) -> Node:
         raise ValueError(f"a shared weight is edited where it is stored: {self.path}")
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.of.rows(index)
