@@ -148,7 +148,7 @@ def fit(weights: Float[Tensor, "rows width"], importance: Tensor, grid: Grid) ->
     h = torch.where(h.sum(-1, keepdim=True) > 0, h, 1.0)
     if grid.zero is None:
         scale = _search_scale(w, h, grid)
-        return Fit(_store_scale(w, h, scale, grid), None, grid)
+        return Fit(store_scale(w, h, scale, grid), None, grid)
     scale, zero = _search_affine(w, h, grid)
     return store_affine(w, h, scale, zero, grid)
 
@@ -189,7 +189,7 @@ def _search_power(w: Tensor, h: Tensor, start: Tensor, grid: Grid) -> Tensor:
     return best.squeeze(-1)
 
 
-def _store_scale(w: Tensor, h: Tensor, scale: Tensor, grid: Grid) -> Number:
+def store_scale(w: Tensor, h: Tensor, scale: Tensor, grid: Grid) -> Number:
     """The scale as the format stores it: one number each, or integer steps of a coarser number."""
     stored = grid.scale
     if stored.bits == 0:
