@@ -62,7 +62,9 @@ class _Rounded(Soft):
 
     def __init__(self, latent: Tensor, keep: Tensor | None, settings: QAT) -> None:
         super().__init__()
-        self.settings, self.keep = settings, keep
+        self.settings = settings
+        self.keep: Tensor | None
+        self.register_buffer("keep", keep, persistent=False)
         self.latent = nn.Parameter(latent)
         low, high = extremes(latent, keep, settings.grid)
         self.low: Tensor
