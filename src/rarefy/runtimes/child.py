@@ -1,0 +1,98 @@
+"""What a child process does that holds one exported network in a runtime: run it, time it, weigh it.
+
+Protocol: a request is a line of JSON on standard input, followed by as many raw bytes as its ``bytes`` field
+says; an answer is the same on the standard output that the process was started with. Arrays travel as their
+bytes, with name, type and shape in the header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rarefy.runtimes.llamacpp_child import memory
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Engine(Protocol):
+    """One network in one runtime."""
+
+    version: str
+    inputs: tuple[str, ...]
+
+    def run(self, inputs: Arrays) -> Arrays: ...
+
+
+def packed(arrays: Arrays) -> tuple[list[dict[str, Any]], bytes]:
+    """What the header says of arrays, and their bytes."""
+    told = [{"name": name, "type": str(values.dtype), "shape": list(values.shape)}
+            for name, values in arrays.items()]
+    return told, b"".join(np.ascontiguousarray(values).tobytes() for values in arrays.values())
+
+
+def unpacked(told: list[dict[str, Any]], payload: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays that ``packed`` packed."""
+    found, start = {}, 0
+    for each in told:
+        kind = np.dtype(each["type"])
+        count = int(np.prod(each["shape"], dtype=np.int64))
+        found[each["name"]] = np.frombuffer(payload, kind, count, start).reshape(each["shape"])
+        start += count * kind.itemsize
+    return found
+
+
+def answer(engine: Engine, request: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+    """Serve one request."""
+    match request["do"]:
+        case "run":
+            told, raw = packed(engine.run(unpacked(request["arrays"], payload)))
+            return {"arrays": told}, raw
+        case "latency":
+            inputs, seconds = unpacked(request["arrays"], payload), []
+            for _ in range(request["count"]):
+                started = time.perf_counter()
+                engine.run(inputs)
+                seconds.append(time.perf_counter() - started)
+            return {"seconds": seconds}, b""
+        case _:
+            return dict(memory()), b""
+
+
+def serve(opened: Callable[[str, int], Engine]) -> int:
+    """Answer until standard input ends. Arguments of the process: the file, and how many threads."""
+    path, threads = sys.argv[1:]
+    private = os.dup(1)  # whatever the runtime prints must not mix with the answers
+    os.dup2(2, 1)
+    with os.fdopen(private, "wb") as answers:
+        try:
+            engine = opened(path, int(threads))
+        except Exception as error:  # noqa: BLE001  every runtime has its own
+            _send(answers, {"refused": _line(error)})
+            return 1
+        _send(answers, {"version": engine.version, "inputs": engine.inputs})
+        for line in sys.stdin.buffer:
+            request = json.loads(line)
+            payload = sys.stdin.buffer.read(request.get("bytes", 0))
+            try:
+                _send(answers, *answer(engine, request, payload))
+            except Exception as error:  # noqa: BLE001
+                _send(answers, {"refused": _line(error)})
+    return 0
+
+
+def _send(answers: BinaryIO, header: dict[str, Any], payload: bytes = b"") -> None:
+    answers.write(json.dumps({**header, "bytes": len(payload)}).encode() + b"\n")
+    answers.write(payload)
+    answers.flush()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
