@@ -13,7 +13,7 @@ from rarefy.core.axes import Change, Transform
 from rarefy.core.edit import edit
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nodes import Dense, Node
-from rarefy.core.nouns import Step
+from rarefy.core.nouns import Recipe, Step
 from rarefy.export.gguf import export_gguf
 from rarefy.formats.ggml import CODECS
 from rarefy.measure.divergence import Reference
@@ -22,7 +22,11 @@ from rarefy.models.model import Model, open_model
 from rarefy.models.rewritten import rewritten
 from rarefy.models.runner import Runner
 from rarefy.numerics.grids import Grid, integer_grid
-from rarefy.run.rescale import rescaled, split, transformed
+from rarefy.run.effort import effort_named
+from rarefy.run.job import Job, compress
+from rarefy.run.progress import Silent
+from rarefy.run.recipe import split
+from rarefy.run.rescale import rescaled, transformed
 from rarefy.run.sweep import Work, sweep
 from rarefy.runtimes.llamacpp import Session
 from rarefy.techniques.quantize.awq import AWQ
@@ -183,7 +187,20 @@ def test_steps_of_a_recipe(tiny_llama: Path, windows: Tensor) -> None:
     with pytest.raises(RecipeError, match="awq: rescales channels of the whole model and must come before"):
         split((Step("rotate"), Step("gptq"), Step("awq")))
     model = open_model(tiny_llama)
-    work = {path: Work((("gptq", GPTQ(GRID)),)) for path in inner(model)}
-    done = rescaled(model, first, work, windows[:4], 0)
+    done = rescaled(model, Recipe("x", steps), effort_named("quick"), windows[:4])
     assert {receipt.technique for receipt in done.receipts} == {"rotate", "awq"}
     assert Reference(model, windows[16:]).compare(Runner(done.model)).kl_mean < 1e-6
+
+
+def test_a_recipe_from_start_to_end(tiny_random, tmp_path: Path) -> None:
+    """A tied model: its head gets a matrix of its own, and the file is measured against the original."""
+    steps = (Step("rotate", settings={"untie": True}), Step("awq", settings={"steps": 4}),
+             Step("rtn", ("*.layers.*",), format="Q8_0"))
+    folder = tiny_random("qwen2")
+    recipe = Recipe(str(folder), steps, effort="quick", data=("python-docs",))
+    job = Job(str(folder), tmp_path / "out", effort="quick", data=("python-docs",), recipe=recipe)
+    result = compress(job, Silent())
+    assert 0 < result.receipt["measured"]["float"]["kl_mean"] < 1e-3
+    assert result.receipt["measured"]["runtime"]["logit_error_vs_float"]["kl_mean"] < 0.01
+    assert {row["technique"] for row in result.receipt["axes"]} == {"rotate", "awq"}
+    assert "lm_head.weight" in {row["site"] for row in result.receipt["plan"]}

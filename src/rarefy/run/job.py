@@ -27,7 +27,7 @@ import torch
 import rarefy
 from rarefy.core.errors import BudgetError, OutputError, TargetError, did_you_mean
 from rarefy.core.nodes import Node
-from rarefy.core.nouns import Budget, Recipe
+from rarefy.core.nouns import Budget, Receipt, Recipe
 from rarefy.export.gguf import LLAMA_CPP, export_gguf, fixed_bytes
 from rarefy.measure.resources import Clock, fingerprint, peak_rss
 from rarefy.models.model import Model, open_model
@@ -47,7 +47,8 @@ from rarefy.run.planning import (
     work_of,
 )
 from rarefy.run.progress import Progress, Silent
-from rarefy.run.recipe import plan_of, read_recipe, recipe_of, write_recipe
+from rarefy.run.recipe import plan_of, read_recipe, recipe_of, split, write_recipe
+from rarefy.run.rescale import rescaled
 from rarefy.run.sweep import sweep
 from rarefy.runtimes.llamacpp import runtime
 
@@ -210,13 +211,16 @@ class _Compression:
         self.journal, self.progress, self.clock = journal, progress, clock
         self.exported = journal.partial / f"model{TARGETS[job.target].suffix}"
         self.chosen: Plan | None = None
+        self.view = model
+        self.rescalings: tuple[Receipt, ...] = ()
 
     def run(self, heard: list[str]) -> dict[str, Any]:
         with self.clock.stage("data"):
             data = gather(self.model, self.job.data, self.job.eval_data, self.effort, self.job.seed,
                           self.progress, self.journal.work / "data.safetensors")
+        self._rescale(data)
         with self.clock.stage("survey"):
-            found = take_survey(self.model, data.calibration, self.effort, self.job.seed,
+            found = take_survey(self.view, data.calibration, self.effort, self.job.seed,
                                 self.journal.work / "survey", self.progress)
         chosen, sites, measured = self._search(data, found)
         self.chosen = chosen
@@ -228,12 +232,21 @@ class _Compression:
         speed, completions = self._against_original()
         return self._receipt(data, found, chosen, sites, measured, speed, completions, heard)
 
+    def _rescale(self, data: Data) -> None:
+        """From here on the model to compress is what a recipe's steps for coupled axes make of it."""
+        recipe = self.job.recipe
+        if recipe is None or not split(recipe.steps)[0]:
+            return
+        with self.progress.stage("rescale") as stage, self.clock.stage("rescale"):
+            done = rescaled(self.model, recipe, self.effort, data.calibration, stage.advance)
+        self.view, self.rescalings = done.model, done.receipts
+
     def _search(self, data: Data, found: Survey) -> tuple[Plan, Sites, dict[str, Any]]:
         """Plan, compress and measure; under --max-kl again with what the measurement taught."""
         job, bound = self.job, self.job.max_kl
         for attempt in range(TRIES):
             if job.recipe is not None:
-                chosen = plan_of(self.model, job.recipe)
+                chosen = plan_of(self.view, job.recipe)
             else:
                 chosen = allocate(self.model, found, Budget(job.to, None if job.to else bound))
             sites, measured = self._candidate(data, found, chosen, attempt)
@@ -246,14 +259,14 @@ class _Compression:
 
     def _candidate(self, data: Data, found: Survey, chosen: Plan,
                    attempt: int) -> tuple[Sites, dict[str, Any]]:
-        outer = frozenset(site.path for site in self.model.map.sites if site.block is None)
+        outer = frozenset(site.path for site in self.view.map.sites if site.block is None)
         sites = Sites(self.journal.work / f"sites{attempt}", outer)
         sites.verify()
         with self.progress.stage("compress") as stage, self.clock.stage("compress"):
-            sweep(self.model, work_of(chosen, self.effort), data.calibration, found.outside, sites,
+            sweep(self.view, work_of(chosen, self.effort), data.calibration, found.outside, sites,
                   self.job.seed, sequential=self.effort.sequential, advance=stage.advance)
         with self.progress.stage("export"), self.clock.stage("export"):
-            export_gguf(self.model, _Trees(sites), {path: o.format for path, o in chosen.items()},
+            export_gguf(self.view, _Trees(sites), {path: o.format for path, o in chosen.items()},
                         self.exported)
         with self.progress.stage("proof") as stage, self.clock.stage("proof"):
             return sites, proof.in_float(self.model, self.exported, data.evaluation, data.second, stage)
@@ -284,8 +297,9 @@ class _Compression:
             "model": _about(model),
             "budget": {"to": job.to, "max_kl": job.max_kl, "limit_bytes": limit},
             "target": job.target, "effort": job.effort, "data": data.sources,
-            "plan": plan_rows(model, chosen),
-            "sites": [asdict(r) for site in model.map.sites for r in sites[site.path][1]],
+            "plan": plan_rows(self.view, chosen),
+            "axes": [asdict(r) for r in self.rescalings],
+            "sites": [asdict(r) for site in self.view.map.sites for r in sites[site.path][1]],
             "swaps": [asdict(swap) | {"factor": swap.factor} for swap in found.swaps],
             "predicted_kl": _damage(chosen), "measured": measured, "speed": speed,
             "memory": {"peak_rss_bytes": peak_rss(),

@@ -162,7 +162,7 @@ def build_transform(step: Step) -> Transform:
 def _made(step: Step, known: Mapping[str, type[Any]], format_name: str) -> Any:
     if step.technique not in known:
         raise RecipeError(f"technique {step.technique!r} does not exist"
-                          f"{did_you_mean(step.technique, list(known))}")
+                          f"{did_you_mean(step.technique, [*techniques(), *transforms()])}")
     kind = known[step.technique]
     fields = kind.__dataclass_fields__
     wrong = [name for name in step.settings if name not in fields]

@@ -11,7 +11,7 @@
 
 Steps run in their order at every weight that a pattern matches. A weight that no step stores in a format
 is stored as F16. Unknown keys, techniques, settings and formats are errors, and so is a pattern that
-matches nothing.
+matches nothing. Steps that change coupled axes of the whole model (awq, smoothquant, rotate) come first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rarefy.export.gguf import loadable, site_bytes
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.planner.allocate import Plan
-from rarefy.run.planning import build
+from rarefy.run.planning import build, build_transform, transforms
 
 PLAIN = "F16"
 
@@ -116,10 +116,24 @@ def matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
     return list(chosen.values())
 
 
+def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """The steps of scope ``axes``, which must come first, and those for the leaves."""
+    known = transforms()
+    axes = tuple(step for step in steps if step.technique in known)
+    if steps[:len(axes)] != axes:
+        late = next(step for k, step in enumerate(steps) if step in axes and k and steps[k - 1] not in axes)
+        raise RecipeError(f"{late.technique}: rescales channels of the whole model and must come before the "
+                          "steps that rewrite single weights; move it to the top of the steps")
+    return axes, tuple(steps[len(axes):])
+
+
 def plan_of(model: Model, recipe: Recipe) -> Plan:
-    """What a recipe asks of every site, as options without a prediction."""
+    """What a recipe asks of every site, as options without a prediction; steps for coupled axes aside."""
     chains: dict[str, list[Step]] = {site.path: [] for site in model.map.sites}
-    for step in recipe.steps:
+    axes, rest = split(recipe.steps)
+    for step in axes:
+        build_transform(step)
+    for step in rest:
         build(step, step.format)  # unknown techniques and settings are refused before any work
         for site in matching(model.map.sites, step.where):
             chains[site.path].append(replace(step, where=(site.path,)))

@@ -20,14 +20,15 @@ from rarefy.calibration.channels import block_inputs, head_inputs
 from rarefy.calibration.evidence import Advance, Stream
 from rarefy.core.axes import AxisGroup, Change, Inputs, Reader, Transform
 from rarefy.core.errors import EditError, RecipeError
-from rarefy.core.nouns import Receipt, Step
+from rarefy.core.nouns import Receipt, Recipe
 from rarefy.models.axes import Coupling, changes, couplings
 from rarefy.models.model import Model
 from rarefy.models.rewritten import rewritten, untied
 from rarefy.models.runner import Runner
 from rarefy.numerics.grids import Grid
-from rarefy.run.planning import build_transform, transforms
-from rarefy.run.recipe import matching
+from rarefy.run.effort import Effort
+from rarefy.run.planning import build_transform, work_of
+from rarefy.run.recipe import matching, plan_of, split
 from rarefy.run.sweep import Work
 
 
@@ -76,27 +77,20 @@ def transformed(model: Model, technique: Transform, tokens: Tensor | None = None
                                       for each in changes(model, coupling, change))), tuple(receipts))
 
 
-def rescaled(model: Model, steps: Sequence[Step], work: Mapping[str, Work], tokens: Tensor | None, seed: int,
+def rescaled(model: Model, recipe: Recipe, effort: Effort, tokens: Tensor | None,
              advance: Advance = lambda done, total: None) -> Rescaled:
-    """Every step of scope ``axes`` in turn. work: what will be done to the leaves afterwards."""
+    """``model`` after every step of scope ``axes`` of a recipe, in their order."""
+    steps, _ = split(recipe.steps)
+    made = [(step, build_transform(step)) for step in steps]
+    planned = untied(model) if any(technique.unties for _, technique in made) else model
+    work = work_of(plan_of(planned, recipe), effort)
     grids = {path: grid for path, each in work.items() if (grid := _grid(each)) is not None}
     receipts: tuple[Receipt, ...] = ()
-    for step in steps:
-        done = transformed(model, build_transform(step), tokens, name=step.technique, grids=grids,
-                           where=step.where, seed=seed, advance=advance)
+    for step, technique in made:
+        done = transformed(model, technique, tokens, name=step.technique, grids=grids, where=step.where,
+                           seed=recipe.seed, advance=advance)
         model, receipts = done.model, receipts + done.receipts
     return Rescaled(model, receipts)
-
-
-def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """The steps of scope ``axes``, which must come first, and those for the leaves."""
-    known = transforms()
-    axes = tuple(step for step in steps if step.technique in known)
-    if steps[:len(axes)] != axes:
-        late = next(step for k, step in enumerate(steps) if step in axes and k and steps[k - 1] not in axes)
-        raise RecipeError(f"{late.technique}: rescales channels of the whole model and must come before the "
-                          "steps that rewrite single weights; move it to the top of the steps")
-    return axes, tuple(steps[len(axes):])
 
 
 def _grid(work: Work) -> Grid | None:
