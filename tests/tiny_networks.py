@@ -69,7 +69,7 @@ def _train_encoder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     def logits(index: Tensor) -> Tensor:
         return network(**{name: values[index] for name, values in batch.items()}).logits
 
-    _fit(network, 120, lambda: (index := torch.randint(0, 800, (32,), generator=generator),
+    _fit(network, 180, lambda: (index := torch.randint(0, 800, (32,), generator=generator),
                                 nn.functional.cross_entropy(logits(index), labels[index]))[1])
     network.eval()
     with torch.no_grad():

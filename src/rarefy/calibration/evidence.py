@@ -113,15 +113,15 @@ def survey(runner: Runner, tokens: Int64[Tensor, "windows length"], generator: t
         advance(index + 1, total)
     head, gradients = _head(runner, inputs.pop(), generator)
     advance(runner.blocks + 1, total)
-    tied = runner.model.map.tied
-    if not tied:
+    shared = runner.model.map.tied
+    if not shared:
         yield head
     for index in reversed(range(runner.blocks)):
         seen, gradients = _backward(runner, index, inputs.pop(), stream.contexts, gradients)
         yield from seen
         advance(2 * runner.blocks + 1 - index, total)
     lookup = _lookup(runner, tokens, gradients)
-    yield _tie(head, lookup) if tied else lookup
+    yield Seen(head.site, tied(head.evidence, lookup.evidence)) if shared else lookup
     advance(total, total)
 
 
@@ -206,13 +206,12 @@ def _lookup(runner: Runner, tokens: Tensor, gradients: list[Tensor]) -> Seen:
     return Seen(site, Evidence(torch.diag(columns) * count, count, rows))
 
 
-def _tie(head: Seen, lookup: Seen) -> Seen:
+def tied(head: Evidence, lookup: Evidence) -> Evidence:
     """One matrix with two uses: row weights p_v of both nearly agree, so their grams add up.
 
     ``sum_v [f_v dW_v G dW_v + r_v dW_v C dW_v]`` is kept in one form by taking the head's row weights f
     for both and scaling C by the ratio of the totals.
     """
-    assert head.evidence.fisher is not None and lookup.evidence.fisher is not None
-    ratio = float(lookup.evidence.fisher.sum() / head.evidence.fisher.sum().clamp_min(1e-12))
-    gram = head.evidence.gram + lookup.evidence.gram * ratio
-    return Seen(head.site, Evidence(gram, head.evidence.tokens, head.evidence.fisher))
+    assert head.fisher is not None and lookup.fisher is not None
+    ratio = float(lookup.fisher.sum() / head.fisher.sum().clamp_min(1e-12)) * (head.tokens / lookup.tokens)
+    return Evidence(head.gram + lookup.gram * ratio, head.tokens, head.fisher)
