@@ -47,7 +47,8 @@ def onnx_package() -> Any:
 class Graph:
     """A graph under construction: operators in order, and the constants they read.
 
-    contrib: may use operators of ONNX Runtime alone. accuracy: of ``MatMulNBits`` (0: float32; 4: it may
+    contrib: written for ONNX Runtime, with operators that only it has; else for OpenVINO, whose patterns of
+    compressed weights are met (and which gets shifts of bytes wrong). accuracy: of ``MatMulNBits`` (0: float32; 4: it may
     round activations to 8 bits, which is faster). notes: what went over larger than it is stored.
     """
 
@@ -362,7 +363,7 @@ def _integer_convolution(graph: Graph, x: str, node: Node, window: Window, name:
 def embedding(graph: Graph, index: str, node: Node, name: str) -> str:
     """Rows of ``node``, float32, decoding no others where the node's form allows."""
     found = integers(node)
-    if found is not None:
+    if found is not None and graph.contrib:
         return _integer_rows(graph, index, found, name)
     match node:
         case Dense(values=values):

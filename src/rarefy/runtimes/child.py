@@ -66,14 +66,15 @@ def answer(engine: Engine, request: dict[str, Any], payload: bytes) -> tuple[dic
             return dict(memory()), b""
 
 
-def serve(opened: Callable[[str, int], Engine]) -> int:
-    """Answer until standard input ends. Arguments of the process: the file, and how many threads."""
-    path, threads = sys.argv[1:]
+def serve(opened: Callable[[str, int, bool], Engine]) -> int:
+    """Answer until standard input ends. Arguments of the process: the file, how many threads, and whether to
+    compute exactly (``exact``) or as the runtime would by itself (``fast``)."""
+    path, threads, how = sys.argv[1:]
     private = os.dup(1)  # whatever the runtime prints must not mix with the answers
     os.dup2(2, 1)
     with os.fdopen(private, "wb") as answers:
         try:
-            engine = opened(path, int(threads))
+            engine = opened(path, int(threads), how == "exact")
         except Exception as error:  # noqa: BLE001  every runtime has its own
             _send(answers, {"refused": _line(error)})
             return 1

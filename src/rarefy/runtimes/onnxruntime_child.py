@@ -12,7 +12,8 @@ from rarefy.runtimes.child import Arrays, serve
 class OnnxRuntime:
     """One file with all of the runtime's optimizations."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, exact: bool) -> None:
+        del exact  # it computes what the file says, always
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3

@@ -56,10 +56,12 @@ class Latency:
 class Session:
     """One file in one runtime (``onnxruntime``, ``openvino`` or ``torch``). Use as a context manager.
 
-    version: what the runtime calls itself. inputs: names that the file gives its inputs.
+    exact: compute in the precision of the file, even where the runtime would round further by itself
+    (OpenVINO: activations to 8 bits). version: what the runtime calls itself. inputs: names that the file
+    gives its inputs.
     """
 
-    def __init__(self, path: Path | str, engine: str, *, threads: int | None = None,
+    def __init__(self, path: Path | str, engine: str, *, threads: int | None = None, exact: bool = True,
                  timeout: float = TIMEOUT) -> None:
         require(engine)
         self.path, self.engine, self.timeout = Path(path), engine, timeout
@@ -69,7 +71,7 @@ class Session:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", f"rarefy.runtimes.{engine}_child", str(self.path.resolve()),
-             str(threads or usable_threads())],
+             str(threads or usable_threads()), "exact" if exact else "fast"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
         try:
             header, _ = self._receive()

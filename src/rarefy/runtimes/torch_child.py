@@ -13,7 +13,8 @@ from rarefy.runtimes.child import Arrays, serve
 class Torch:
     """One program that ``torch.export`` saved."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, exact: bool) -> None:
+        del exact  # it computes what the file says, always
         torch.set_num_threads(threads)
         program: Any = torch.export.load(path)
         self.module = program.module()
