@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from rarefy.core.edit import edit
+from rarefy.core.edit import Leaf, edit
 from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense, Quantized
+from rarefy.core.nouns import Choice, Evidence
 from rarefy.techniques.quantize.cast import Cast
 from rarefy.techniques.quantize.gptq import GPTQ
 from rarefy.techniques.quantize.rtn import RTN
@@ -49,6 +52,19 @@ def test_the_grid_of_eight_bit_floats_serves_other_techniques(weight: Tensor, ev
     for technique in (RTN(tree.grid), GPTQ(tree.grid)):
         _, receipt = run(technique, weight, evidence)
         assert receipt.error < 1.05 * plain.error and receipt.bits_after == plain.bits_after
+
+
+def test_eight_bits_are_offered_where_any_tree_is_kept(weight: Tensor, evidence: Evidence) -> None:
+    leaf = Leaf("w", Dense(weight), weight, None, evidence)
+    choices = {"F16": Choice(torch.float16, 2 * weight.numel()), "tree": Choice(None, 0)}
+    offers = {option.format: option for option in Cast.options(leaf, choices)}
+    tree, _ = run(Cast("float8_e4m3fn"), weight)
+    assert offers["tree"].bytes == tree.bits() // 8 and offers["tree"].steps[0].settings == {
+        "dtype": "float8_e4m3fn"}
+    assert offers["tree"].damage == pytest.approx(evidence.damage(tree.dense() - weight), rel=1e-3)
+    assert offers["F16"].damage < offers["tree"].damage
+    whole = replace(leaf, sampled_from=2 * weight.shape[0])
+    assert next(o for o in Cast.options(whole, choices) if o.format == "tree").bytes == tree.bits() // 4
 
 
 def test_dead_rows_and_overflow() -> None:

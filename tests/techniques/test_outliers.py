@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.core.edit import edit
+from rarefy.core.edit import Leaf, edit
 from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense, Masked, Quantized, Sum
-from rarefy.core.nouns import Evidence
+from rarefy.core.nouns import Choice, Evidence
 from rarefy.formats.ggml import CODECS
 from rarefy.numerics.grids import integer_grid
 from rarefy.numerics.rounding import encode, fit
@@ -78,6 +78,22 @@ def test_coordinate_descent_follows_and_leaves_the_floats_alone(weight: Tensor, 
     assert receipt.error < 0.7 * before.error
     assert isinstance(after, Sum) and isinstance(tree, Sum) and after.terms[0] is not None
     assert torch.equal(after.terms[0].dense(), tree.terms[0].dense())
+
+
+def test_offers_foresee_the_chain(weight: Tensor, evidence: Evidence) -> None:
+    leaf = Leaf("w", Dense(weight), weight, None, evidence)
+    choices = {"Q4_0": Choice(CODECS["Q4_0"].grid, 1), "tree": Choice(None, 0)}
+    offers = list(Outliers.options(leaf, choices))
+    assert {offer.format for offer in offers} == {"tree"}
+    assert [o.bytes for o in offers] == sorted(o.bytes for o in offers)
+    assert [o.damage for o in offers] == sorted((o.damage for o in offers), reverse=True)
+    for offer in offers:
+        tree, _ = run(Outliers(CODECS["Q4_0"].grid, **offer.steps[0].settings), weight, evidence)
+        tree, _ = run(QuantEase(), weight, evidence, tree)
+        measured = evidence.damage(tree.dense() - weight)
+        assert 0.5 * measured < offer.damage < 2 * measured
+        assert offer.bytes == pytest.approx(tree.bits() / 8, rel=0.02)
+    assert not list(Outliers.options(leaf, {"Q4_0": choices["Q4_0"]}))
 
 
 def test_stays_inside_a_mask(weight: Tensor, evidence: Evidence) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import ClassVar
 
 import torch
@@ -62,9 +63,18 @@ class Cast:
 
     @classmethod
     def options(cls, leaf: Leaf, choices: Mapping[str, Choice]) -> Iterator[Option]:
-        """One option per floating format; the damage is what rounding the sample costs."""
+        """One option per floating format; the damage is what rounding the sample costs.
+
+        Eight bits under a scale per row are offered where the target keeps any tree.
+        """
         assert leaf.evidence is not None
+        stands_for = (leaf.sampled_from or leaf.target.shape[0]) / leaf.target.shape[0]
         for name, choice in choices.items():
+            if choice.stored is None:
+                node = _eight(leaf.target)
+                yield Option(leaf.site, name, ceil(node.bits() / 8 * stands_for),
+                             leaf.evidence.damage(node.dense() - leaf.target),
+                             (Step("cast", (leaf.site,), {"dtype": EIGHT}),))
             if not isinstance(choice.stored, torch.dtype):
                 continue
             step = Step("cast", (leaf.site,), {"dtype": str(choice.stored).removeprefix("torch.")}, name)

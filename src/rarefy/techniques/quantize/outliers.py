@@ -19,7 +19,10 @@ Compression", section 3 (with the diagonal of the Hessian in place of its invers
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
+from math import ceil
 from typing import ClassVar
 
 import torch
@@ -28,10 +31,14 @@ from torch import Tensor
 from rarefy.core.edit import Edited, Leaf
 from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense, Masked, Node, Quantized, Sum
+from rarefy.core.nouns import Choice, Option, Step
 from rarefy.numerics.grids import Grid, integer_grid
+from rarefy.numerics.linear import inverse_factor
 from rarefy.numerics.rounding import cast, encode, fit, join
 
 CHUNK = 1 << 20  # weights rounded at once, so that temporaries stay in cache
+PLANNED = (0.002, 0.005, 0.01, 0.02)  # shares that a planner is offered
+DAMPING = 0.1  # as in GPTQ and QuantEase
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,42 @@ class Outliers:
         h = (torch.ones(columns) if leaf.evidence is None
              else leaf.evidence.gram.diagonal() / max(leaf.evidence.tokens, 1))
         kept = torch.ones_like(leaf.target, dtype=torch.bool) if leaf.keep is None else leaf.keep
-        first = _rounded(leaf.target, kept, h, self.grid)
-        saliency = (leaf.target - first.dense()).square_().mul_(h).mul_(kept)
-        chosen = saliency.view(-1).topk(count).indices
-        top = torch.zeros(leaf.target.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
-        top = top.view(leaf.target.shape) & kept
-        rest = _rounded(leaf.target, kept & ~top, h, self.grid)
-        missing = torch.where(top, leaf.target - rest.dense(), 0.0)
-        return Edited(Sum((Masked(top, Dense(cast(missing, torch.float16))), rest)))
+        return Edited(_parted(leaf.target, kept, h, self.grid, count))
+
+    @classmethod
+    def options(cls, leaf: Leaf, choices: Mapping[str, Choice]) -> Iterator[Option]:
+        """A few shares on every grid, where the target keeps any tree.
+
+        `quantease` follows, so of column j's error the share ``1 / U_jj^2`` will reach the output, with
+        ``U^T U`` the inverse of the Gram: places and scales are foreseen under these weights.
+        """
+        tree = next((name for name, choice in choices.items() if choice.stored is None), None)
+        if tree is None:
+            return
+        assert leaf.evidence is not None and leaf.evidence.fisher is not None
+        U, _ = inverse_factor(leaf.evidence.gram / max(leaf.evidence.tokens, 1), DAMPING)
+        h = leaf.evidence.gram.diagonal() if U is None else U.diagonal().square().reciprocal()
+        kept = torch.ones_like(leaf.target, dtype=torch.bool)
+        scale = (leaf.sampled_from or leaf.target.shape[0]) / leaf.target.shape[0]
+        grids = {name: choice.stored for name, choice in choices.items() if isinstance(choice.stored, Grid)}
+        for (name, grid), share in product(grids.items(), PLANNED):
+            node = _parted(leaf.target, kept, h, grid, max(1, round(share * leaf.target.numel())))
+            lost = (node.dense() - leaf.target).square() @ h
+            steps = (Step("outliers", (leaf.site,), {"share": share}, name), Step("quantease", (leaf.site,)))
+            yield Option(leaf.site, tree, ceil(node.bits() / 8 * scale),
+                         0.5 * float(leaf.evidence.fisher @ lost), steps)
+
+
+def _parted(weights: Tensor, kept: Tensor, h: Tensor, grid: Grid, count: int) -> Sum:
+    """The sum that stands for ``weights`` (where ``kept``), ``count`` places of it in floats."""
+    first = _rounded(weights, kept, h, grid)
+    saliency = (weights - first.dense()).square_().mul_(h).mul_(kept)
+    chosen = saliency.view(-1).topk(count).indices
+    top = torch.zeros(weights.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
+    top = top.view(weights.shape) & kept
+    rest = _rounded(weights, kept & ~top, h, grid)
+    missing = torch.where(top, weights - rest.dense(), 0.0)
+    return Sum((Masked(top, Dense(cast(missing, torch.float16))), rest))
 
 
 def _rounded(weights: Tensor, counted: Tensor, h: Tensor, grid: Grid) -> Quantized:
