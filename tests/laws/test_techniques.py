@@ -78,7 +78,8 @@ def test_edit_keeps_shape_and_masks_and_repeats(name: str, kind: str, small: Ten
     if isinstance(tree, Masked):
         # what repairs a masked weight adds to it from outside
         masked = after.terms[0] if isinstance(after, Sum) and Masked in technique.edits else after
-        assert isinstance(masked, Masked) and torch.equal(masked.keep, tree.keep)
+        assert isinstance(masked, Masked) and not bool((masked.keep & ~tree.keep).any())
+        assert torch.equal(masked.keep, tree.keep) or hasattr(technique, "sparsity")  # prunings drop more
         assert not bool(masked.dense()[~tree.keep].any())
 
 
