@@ -120,14 +120,29 @@ class _Walk:
             case Product(left=left, right=right):
                 return self._product(left, right, target, evidence)
             case _:
-                return self._factors(node, target)
+                return self._factors(node, target, evidence)
 
-    def _factors(self, node: Node, target: Tensor) -> Node:
-        """The factors of a tensor decomposition, each fitted to what the others leave, in plain norm."""
-        for index, child in enumerate(node.children()):
-            wanted = node.fitted(index, target)
-            plain = Evidence(torch.eye(wanted.shape[1]), 1)
-            node = _with_child(node, index, self.node(child, wanted, None, plain))
+    def _factors(self, node: Node, target: Tensor, evidence: Evidence | None) -> Node:
+        """The factors of a tensor decomposition, from the inputs' side to the outputs', as in a product.
+
+        A factor K that inputs reach through a matrix M (``node.behind``) is fitted at the outputs, with the
+        output's factor L in front of it: ``K = L^+ T H M^T (M H M^T)^+``. The others have no such fit; what
+        they hold may have been chosen for the data, so they stand for that. Without evidence, or where no
+        factor is reached so, each is fitted to what the others leave, in plain norm.
+        """
+        for index in reversed(range(len(node.children()))):
+            child, behind = node.children()[index], node.behind(index)
+            if evidence is None or node.behind(0) is None:
+                wanted, seen = node.fitted(index, target), None
+            elif behind is None:
+                wanted, seen = child.dense(), None
+            else:
+                wanted, seen = _regressed(target, behind, evidence.gram), evidence.through(behind)
+                if index > 0:
+                    front = node.children()[0].dense()
+                    wanted, seen = torch.linalg.pinv(front.double()) @ wanted, seen.before(front)
+            seen = _plain(wanted, evidence) if seen is None else seen
+            node = _with_child(node, index, self.node(child, wanted.float(), None, seen))
         return node
 
     def _product(self, left: Node, right: Node, target: Tensor,
@@ -140,12 +155,25 @@ class _Walk:
         fitted = Product(left, right).fitted(1, target)
         right = self.node(right, fitted, None, None if evidence is None else evidence.before(left.dense()))
         matrix = right.dense()
-        gram = torch.eye(matrix.shape[1]) if evidence is None else evidence.gram
-        inner = (matrix @ gram @ matrix.T).double()
-        wanted = (target @ gram @ matrix.T).double() @ torch.linalg.pinv(inner, hermitian=True)
+        wanted = _regressed(target, matrix, None if evidence is None else evidence.gram)
         left = self.node(left, wanted.float(), None,
                          None if evidence is None else evidence.through(matrix))
         return Product(left, right)
+
+
+def _regressed(target: Tensor, matrix: Tensor, gram: Tensor | None) -> Tensor:
+    """argmin_L ||(L matrix - target) X||, in float64."""
+    onward = matrix.T if gram is None else gram @ matrix.T
+    inner = (matrix @ onward).double()
+    fitted: Tensor = (target @ onward).double() @ torch.linalg.pinv(inner, hermitian=True)
+    return fitted
+
+
+def _plain(wanted: Tensor, evidence: Evidence | None) -> Evidence:
+    """Evidence of a factor whose columns and rows all count alike."""
+    rows, columns = wanted.shape
+    fisher = None if evidence is None or evidence.fisher is None else torch.ones(rows)
+    return Evidence(columns * torch.eye(columns), columns, fisher)
 
 
 def _with_child(node: Node, index: int, child: Node) -> Node:

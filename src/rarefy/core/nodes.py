@@ -62,6 +62,10 @@ class Node:
         """The value of child ``index`` with which this node stands best for ``target``, the others fixed."""
         raise NotImplementedError
 
+    def behind(self, index: int) -> Tensor | None:
+        """The matrix through which inputs reach child ``index``; None where that is no matrix product."""
+        return None
+
 
 @final
 @dataclass(frozen=True, eq=False)

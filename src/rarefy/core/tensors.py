@@ -38,8 +38,10 @@ class Tucker(Node):
         return (self.left.shape[0], self.right.shape[0] * prod(self.window))
 
     def dense(self) -> Tensor:
-        inner = torch.einsum("abw,ib->aiw", self._core(), self.right.dense())
-        return self.left.dense() @ inner.flatten(1)
+        return self.left.dense() @ self._inner()
+
+    def _inner(self) -> Tensor:
+        return torch.einsum("abw,ib->aiw", self._core(), self.right.dense()).flatten(1)
 
     def _core(self) -> Tensor:
         return self.core.dense().view(self.core.shape[0], self.right.shape[1], -1)
@@ -62,6 +64,13 @@ class Tucker(Node):
     def rebuilt(self, children: tuple[Node, ...]) -> Tucker:
         left, core, right = children
         return Tucker(left, core, right, self.window)
+
+    def behind(self, index: int) -> Tensor | None:
+        if index == 0:
+            return self._inner()
+        if index == 1:
+            return torch.kron(self.right.dense().T.contiguous(), torch.eye(prod(self.window)))
+        return None
 
     def fitted(self, index: int, target: Tensor) -> Tensor:
         tensor = target.double().view(target.shape[0], self.right.shape[0], -1)
@@ -108,6 +117,9 @@ class CP(Node):
 
     def rebuilt(self, children: tuple[Node, ...]) -> CP:
         return CP(children)
+
+    def behind(self, index: int) -> Tensor | None:
+        return khatri_rao([f.dense() for f in self.factors[1:]]).T if index == 0 else None
 
     def fitted(self, index: int, target: Tensor) -> Tensor:
         tensor = target.double().view([factor.shape[0] for factor in self.factors])
