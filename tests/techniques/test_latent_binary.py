@@ -61,7 +61,7 @@ def test_training_beats_signs_at_once() -> None:
 
 
 def test_what_means_nothing_is_refused() -> None:
-    with pytest.raises(RecipeError, match="clip 0.0: must be positive"):
+    with pytest.raises(RecipeError, match=r"clip 0\.0: must be positive"):
         LatentBinary(clip=0.0)
     with pytest.raises(ValueError, match="100 columns not divisible"):
         softened(Dense(torch.randn(2, 100)), LatentBinary(32))

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.core.edit import Leaf
-from rarefy.core.nodes import Quantized
+from rarefy.core.errors import EditError
+from rarefy.core.nodes import Dense, Quantized
 
 INSIDE = 0.499  # of the way to the neighbouring level: a value there still rounds to its own
 
@@ -33,6 +34,16 @@ def started(leaf: Leaf) -> Float[Tensor, "out in_"]:
             return _in_cells(node, leaf.target)
         case node:
             return node.dense().detach().clone()
+
+
+def ended(site: str, values: Float[Tensor, "out in_"], dtype: torch.dtype) -> Dense:
+    """Trained values in the dtype that the leaf had; EditError if they have outgrown it."""
+    stored = values.detach().to(dtype, copy=True)
+    if not bool(torch.isfinite(stored).all()):
+        size = float(values.detach().abs().max())
+        raise EditError(f"{site}: {size:g} does not fit {str(dtype).removeprefix('torch.')}; train weights "
+                        "in bfloat16 or float32, or at a lower rate")
+    return Dense(stored)
 
 
 def _in_cells(node: Quantized, target: Tensor) -> Tensor:
