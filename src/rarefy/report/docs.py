@@ -26,8 +26,11 @@ def page(entry: Entry, measured: str = "") -> str:
     if rows:
         parts += ["## Settings", entry.about,
                   "\n".join(["| name | type | default | |", "|---|---|---|---|", *rows])]
-    facts = [f"- **Edits** {', '.join(f'`{name}`' for name in entry.edits)}"]
-    if entry.needs:
+    facts = [f"- **Edits** {', '.join(f'`{name}`' for name in entry.edits)}" if entry.edits
+             else "- **Is** a loss: `rarefy distill --objective`"]
+    if entry.needs and not entry.edits:
+        facts.append(f"- **Needs** of student and teacher: {', '.join(f'`{name}`' for name in entry.needs)}")
+    elif entry.needs:
         facts.append(f"- **Needs** calibration evidence: {', '.join(f'`{name}`' for name in entry.needs)}")
     else:
         facts.append("- **Needs** no data; uses calibration evidence where there is some")

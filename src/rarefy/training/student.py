@@ -20,13 +20,39 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from rarefy.calibration.samples import materialize
+from rarefy.core.errors import RecipeError
 from rarefy.core.nodes import Node
 from rarefy.core.tune import Soft
-from rarefy.models.map import Site
+from rarefy.models.map import Map, Site
+from rarefy.models.model import Model
 from rarefy.training.loop import Batch, Loss, Task
 
 POSITIONAL = "0"  # the name of an input that is passed by position
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Trainable(Protocol):
+    """A network that can be tuned: its map, its original weights, and itself as a module."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def map(self) -> Map: ...
+
+    def weight(self, path: str) -> Tensor: ...
+
+
+def module_of(network: Trainable) -> nn.Module:
+    """The network with its original weights, float32, frozen."""
+    if isinstance(network, Model):
+        whole: nn.Module = materialize(network, torch.float32)
+        return whole
+    module: Any = getattr(network, "module", None)
+    if not isinstance(module, nn.Module):
+        raise RecipeError(f"{network.name}: holds no module to train")
+    return module
 
 
 class Student(nn.Module):

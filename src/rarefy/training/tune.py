@@ -16,33 +16,21 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rarefy.calibration.samples import materialize
 from rarefy.core.edit import Leaf
 from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nodes import Dense, Node, Shared
 from rarefy.core.nouns import Evidence
 from rarefy.core.tune import MOVERS, Soft, Trainer, soften
-from rarefy.models.map import Map, Site
-from rarefy.models.model import Model
+from rarefy.models.map import Site
 from rarefy.training.loop import Advance, Curve, Examples, Gate, Settings, fit, held_out
-from rarefy.training.student import Learning, Objective, Student
+from rarefy.training.student import Learning, Objective, Student, Trainable, module_of
 
 BESIDE = ("norms", "biases", "params")
 MOVES = (*MOVERS, *BESIDE, "everything")
-
-
-class Trainable(Protocol):
-    """A network that can be tuned: its map, its original weights, and itself as a module."""
-
-    name: str
-    map: Map
-
-    def weight(self, path: str) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,17 +115,6 @@ def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, se
         raise RecipeError(f"{network.name}: nothing moves under {', '.join(sorted(tuning.moves))}; choose of "
                           f"{', '.join(MOVES)}")
     return Student(module, softs, params, dropout=tuning.dropout, checkpointing=settings.checkpointing)
-
-
-def module_of(network: Trainable) -> nn.Module:
-    """The network with its original weights, float32, frozen."""
-    if isinstance(network, Model):
-        whole: nn.Module = materialize(network, torch.float32)
-        return whole
-    module: Any = getattr(network, "module", None)
-    if not isinstance(module, nn.Module):
-        raise RecipeError(f"{network.name}: holds no module to train")
-    return module
 
 
 def _soft(network: Trainable, site: Site, tree: Node | None, tuning: Tuning, trains: bool,
