@@ -20,7 +20,8 @@ from torch import Tensor
 
 EXACT = 1 << 24  # values up to which each one is looked at; beyond, bins are
 BINS = 1 << 20
-CHUNK = 1 << 22  # entries, or distances, that are looked at at once
+CHUNK = 1 << 20  # entries that are looked at at once
+CACHED = 1 << 18  # distances that are made at once, so that they stay in cache
 SEEN = 1 << 18   # vectors that centers are fitted to; all are assigned
 TOLERANCE = 1e-4  # relative gain of a round below which vectors are left alone
 
@@ -141,13 +142,14 @@ def nearest_center(vectors: Float[Tensor, "n d"], weights: Float[Tensor, "n d"],
     """The center with the least ``sum_t h_t (w_t - c_t)^2`` for every vector, and that sum."""
     index = torch.empty(vectors.shape[0], dtype=torch.int64)
     cost = torch.empty(vectors.shape[0])
-    step = max(1, CHUNK // centers.shape[0])
+    both = torch.cat([centers.square(), -2 * centers], 1).T.contiguous()
+    step = max(1, CACHED // centers.shape[0])
     for start in range(0, vectors.shape[0], step):
         part = slice(start, start + step)
         w, h = vectors[part], weights[part]
-        distance = h @ centers.square().T - 2 * ((h * w) @ centers.T)
-        index[part] = distance.argmin(1)
-        cost[part] = (h * (w - centers[index[part]]).square()).sum(1)
+        found = (torch.cat([h, h * w], 1) @ both).argmin(1)  # but for what is the same for all centers
+        index[part] = found
+        cost[part] = (h * (w - centers[found]).square()).sum(1)
     return index, cost
 
 

@@ -29,7 +29,7 @@ from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nodes import Dense, Node, Quantized
 from rarefy.core.sharing import DTYPES, choose, energy, finite, stored, unseen
 
-CHUNK = 1 << 22  # weights hashed at once
+CHUNK = 1 << 17  # weights hashed at once, so that what is in between stays in cache
 
 
 @dataclass(frozen=True)
