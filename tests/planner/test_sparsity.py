@@ -104,6 +104,7 @@ def test_the_model_ends_at_the_sparsity(weights: dict[str, Tensor], sites: dict[
     assert set(shares) == set(weights)
     assert total(shares, weights) == pytest.approx(sparsity, abs=1e-6)
     assert all(0 <= share <= max(CEILING, sparsity) + 1e-9 for share in shares.values())
+    assert {type(share) for share in shares.values()} == {float}  # a recipe writes them down
 
 
 def test_blocks_alike_are_pruned_alike(weights: dict[str, Tensor], seen: dict[str, Evidence]) -> None:

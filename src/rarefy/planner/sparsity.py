@@ -64,7 +64,7 @@ class Spread:
     def above(self, border: float) -> float:
         """The share of the numbers above ``border``."""
         shares = self.counts.double().cumsum(0).numpy()
-        return 1 - float(np.interp(border, _EDGES, np.append(0, shares))) / max(shares[-1], 1)
+        return 1 - float(np.interp(border, _EDGES, np.append(0, shares)) / max(shares[-1], 1))
 
 
 def _edges() -> np.ndarray:
