@@ -27,7 +27,7 @@ from rarefy.formats.ggml import CODECS, Codec
 from rarefy.formats.gguf import ALIGNMENT, Entry, GgufFile, Lazy, ValueType, gguf_size, write_gguf
 from rarefy.models.map import Site
 from rarefy.models.model import Model
-from rarefy.models.rewritten import original
+from rarefy.models.rewritten import is_shrunk, original
 from rarefy.models.sources import ROPE_TENSORS, GgufSource
 
 # From the fastest kernels on, within a size; all of them load for any weight whose rows they fit,
@@ -79,6 +79,10 @@ def _metadata(model: Model) -> list[Entry]:
     source = _gguf_file(model)
     if source is not None:
         entries += [tuple(entry) for entry in source.entries if not entry.key.startswith(NOT_COPIED)]
+        if is_shrunk(model.source):  # the sizes are no longer those of the file
+            rows = next(site.shape[0] for site in model.map.sites if site.role == "embed")
+            sizes = {entry[0]: entry for entry in architecture_metadata(family, model.config, rows)}
+            entries = [sizes.get(entry[0], entry) for entry in entries]
     else:
         rows = next(site.shape[0] for site in model.map.sites if site.role == "embed")
         vocabulary = tokenizer_metadata(model.tokenizer, rows, _end(model))

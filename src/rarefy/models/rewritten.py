@@ -19,6 +19,7 @@ from torch import Tensor
 from rarefy.core.errors import ModelError, did_you_mean
 from rarefy.models.map import Site
 from rarefy.models.model import Model
+from rarefy.models.shrunk import ShrunkSource
 from rarefy.models.sources import Source
 from rarefy.numerics.hadamard import Rotation
 
@@ -136,8 +137,15 @@ class RewrittenSource(Source):
         return self.rows(name, index)
 
 
+def is_shrunk(source: Source) -> bool:
+    """Whether parts of the model that the files hold have been left out."""
+    while isinstance(source, RewrittenSource):
+        source = source.inner
+    return isinstance(source, ShrunkSource)
+
+
 def original(source: Source) -> Source:
     """The source behind all changes: what the files hold."""
-    while isinstance(source, RewrittenSource):
+    while isinstance(source, RewrittenSource | ShrunkSource):
         source = source.inner
     return source

@@ -49,6 +49,7 @@ from rarefy.run.planning import (
 from rarefy.run.progress import Progress, Silent
 from rarefy.run.recipe import plan_of, read_recipe, recipe_of, split, write_recipe
 from rarefy.run.rescale import rescaled
+from rarefy.run.reshape import reshaped
 from rarefy.run.sweep import sweep
 from rarefy.runtimes.llamacpp import runtime
 
@@ -233,13 +234,14 @@ class _Compression:
         return self._receipt(data, found, chosen, sites, measured, speed, completions, heard)
 
     def _rescale(self, data: Data) -> None:
-        """From here on the model to compress is what a recipe's steps for coupled axes make of it."""
+        """From here on the model to compress is what a recipe's steps for the whole model make of it."""
         recipe = self.job.recipe
         if recipe is None or not split(recipe.steps)[0]:
             return
-        with self.progress.stage("rescale") as stage, self.clock.stage("rescale"):
-            done = rescaled(self.model, recipe, self.effort, data.calibration, stage.advance)
-        self.view, self.rescalings = done.model, done.receipts
+        with self.progress.stage("reshape") as stage, self.clock.stage("reshape"):
+            smaller = reshaped(self.model, recipe, data.calibration, stage.advance)
+            done = rescaled(smaller.model, recipe, self.effort, data.calibration, stage.advance)
+        self.view, self.rescalings = done.model, smaller.receipts + done.receipts
 
     def _search(self, data: Data, found: Survey) -> tuple[Plan, Sites, dict[str, Any]]:
         """Plan, compress and measure; under --max-kl again with what the measurement taught."""

@@ -24,6 +24,7 @@ from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nouns import Budget, Choice, Evidence, Option, Step
+from rarefy.core.structure import Shortening, Thinning
 from rarefy.export.gguf import fixed_bytes, gguf_bytes, loadable, site_bytes
 from rarefy.formats.ggml import CODECS
 from rarefy.measure.divergence import Reference
@@ -127,6 +128,11 @@ def transforms() -> dict[str, type[Any]]:
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "axes"}
 
 
+def structures() -> dict[str, type[Any]]:
+    """Every technique that takes parts of a model out, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "structure"}
+
+
 def _found() -> dict[str, type[Any]]:
     """The dataclass that each file under ``techniques/`` defines: the one that declares what it edits."""
     found = {}
@@ -159,10 +165,16 @@ def build_transform(step: Step) -> Transform:
     return technique
 
 
+def build_structure(step: Step) -> Thinning | Shortening:
+    """The technique of scope ``structure`` that a step names, with its settings."""
+    technique: Thinning | Shortening = _made(step, structures(), step.format)
+    return technique
+
+
 def _made(step: Step, known: Mapping[str, type[Any]], format_name: str) -> Any:
     if step.technique not in known:
         raise RecipeError(f"technique {step.technique!r} does not exist"
-                          f"{did_you_mean(step.technique, [*techniques(), *transforms()])}")
+                          f"{did_you_mean(step.technique, [*techniques(), *transforms(), *structures()])}")
     kind = known[step.technique]
     fields = kind.__dataclass_fields__
     wrong = [name for name in step.settings if name not in fields]

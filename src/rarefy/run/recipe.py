@@ -31,7 +31,7 @@ from rarefy.export.gguf import loadable, site_bytes
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.planner.allocate import Plan
-from rarefy.run.planning import build, build_transform, transforms
+from rarefy.run.planning import build, build_structure, build_transform, structures, transforms
 
 PLAIN = "F16"
 
@@ -117,22 +117,27 @@ def matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
 
 
 def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """The steps of scope ``axes``, which must come first, and those for the leaves."""
-    known = transforms()
-    axes = tuple(step for step in steps if step.technique in known)
-    if steps[:len(axes)] != axes:
-        late = next(step for k, step in enumerate(steps) if step in axes and k and steps[k - 1] not in axes)
-        raise RecipeError(f"{late.technique}: rescales channels of the whole model and must come before the "
-                          "steps that rewrite single weights; move it to the top of the steps")
-    return axes, tuple(steps[len(axes):])
+    """The steps for the whole model, which must come first, and those for the leaves.
+
+    Of the first, those that take parts out come before those that change coupled axes of what is left.
+    """
+    order = {**dict.fromkeys(structures(), 0), **dict.fromkeys(transforms(), 1)}
+    ranks = [order.get(step.technique, 2) for step in steps]
+    for before, after, step in zip(ranks, ranks[1:], steps[1:], strict=False):
+        if after < before:
+            what = "takes parts of the model out" if after == 0 else "changes channels of the whole model"
+            raise RecipeError(f"{step.technique}: {what} and must come before the steps that work on what is "
+                              "left; move it up")
+    count = sum(rank < 2 for rank in ranks)
+    return tuple(steps[:count]), tuple(steps[count:])
 
 
 def plan_of(model: Model, recipe: Recipe) -> Plan:
-    """What a recipe asks of every site, as options without a prediction; steps for coupled axes aside."""
+    """What a recipe asks of every site, as options without a prediction; steps for the whole model aside."""
     chains: dict[str, list[Step]] = {site.path: [] for site in model.map.sites}
     axes, rest = split(recipe.steps)
     for step in axes:
-        build_transform(step)
+        (build_structure if step.technique in structures() else build_transform)(step)
     for step in rest:
         build(step, step.format)  # unknown techniques and settings are refused before any work
         for site in matching(model.map.sites, step.where):

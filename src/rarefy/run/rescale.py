@@ -27,7 +27,7 @@ from rarefy.models.rewritten import rewritten, untied
 from rarefy.models.runner import Runner
 from rarefy.numerics.grids import Grid
 from rarefy.run.effort import Effort
-from rarefy.run.planning import build_transform, work_of
+from rarefy.run.planning import build_transform, transforms, work_of
 from rarefy.run.recipe import matching, plan_of, split
 from rarefy.run.sweep import Work
 
@@ -80,8 +80,10 @@ def transformed(model: Model, technique: Transform, tokens: Tensor | None = None
 def rescaled(model: Model, recipe: Recipe, effort: Effort, tokens: Tensor | None,
              advance: Advance = lambda done, total: None) -> Rescaled:
     """``model`` after every step of scope ``axes`` of a recipe, in their order."""
-    steps, _ = split(recipe.steps)
-    made = [(step, build_transform(step)) for step in steps]
+    known = transforms()
+    made = [(step, build_transform(step)) for step in split(recipe.steps)[0] if step.technique in known]
+    if not made:
+        return Rescaled(model, ())
     planned = untied(model) if any(technique.unties for _, technique in made) else model
     work = work_of(plan_of(planned, recipe), effort)
     grids = {path: grid for path, each in work.items() if (grid := _grid(each)) is not None}

@@ -1,0 +1,95 @@
+"""Structure: parts of a network that can be taken out whole, leaving a smaller network of the same kind.
+
+A *unit* is what goes or stays as one: a neuron of a feed-forward part, a head of attention with its keys and
+values, a block. Units of one kind in one block form a group. They are written by rows of some matrices and
+read by columns of one,
+
+    y = W x = sum_u W[:, u] x[u],
+
+so a technique of scope ``structure`` needs no more than W, what calibration saw arriving at it, and the
+norms of what writes each unit. What leaving units out means for tensors and configuration is known to
+``models.shrunk``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rarefy.core.nouns import Evidence
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGroup:
+    """The units of one kind in one block.
+
+    role: neurons or heads. unit: [in] which unit each column of ``reader`` belongs to. reader: the matrix
+    [out, in] that reads them. written: root of the summed squares of all rows that write each unit, [units].
+    evidence: of the reader (None: the technique asked for none).
+    """
+
+    site: str
+    role: str
+    block: int
+    unit: Int64[Tensor, " in_"]
+    reader: Float[Tensor, "out in_"]
+    written: Float[Tensor, " units"]
+    evidence: Evidence | None = None
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.written.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """One block as what it does to the residual stream on calibration text.
+
+    influence: 1 - mean cosine between what enters and what leaves. damage: KL to the whole network when this
+    block alone is left out (None: not measured).
+    """
+
+    block: int
+    influence: float
+    damage: float | None = None
+
+
+@runtime_checkable
+class Thinning(Protocol):
+    """A technique that takes out units: a frozen dataclass whose fields are its settings.
+
+    needs: of {"gram", "fisher"}. ``scores``: what leaving each unit out costs, [units]. ``refit``: the matrix
+    [kept columns, in] whose transpose, W @ refit.T, makes the kept columns do the work of all (None: they
+    stay as they are).
+    """
+
+    scope: ClassVar[str]
+    edits: ClassVar[tuple[type[UnitGroup], ...]]
+    needs: ClassVar[frozenset[str]]
+
+    @property
+    def units(self) -> str: ...
+
+    def count(self, group: UnitGroup) -> int: ...
+
+    def scores(self, group: UnitGroup) -> Tensor: ...
+
+    def refit(self, group: UnitGroup, kept: Tensor) -> Tensor | None: ...
+
+
+@runtime_checkable
+class Shortening(Protocol):
+    """A technique that takes out blocks."""
+
+    scope: ClassVar[str]
+    edits: ClassVar[tuple[type[Passage], ...]]
+    needs: ClassVar[frozenset[str]]
+
+    @property
+    def measures(self) -> bool: ...
+
+    def drop(self, passages: tuple[Passage, ...]) -> tuple[int, ...]: ...

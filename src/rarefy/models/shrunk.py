@@ -1,0 +1,229 @@
+"""A smaller model seen in a larger one: without some neurons, heads or blocks, as an ordinary model.
+
+The view has a configuration of its own, which says the smaller sizes, and a source that leaves rows,
+columns or whole blocks out as it is read. Names and shapes are checked against the configuration as for any
+model, and what reads models (surveys, exports, runners) cannot tell it from one trained at that size.
+All blocks keep the same sizes: that is what every runtime loads.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rarefy.core.errors import ModelError
+from rarefy.models.families import head_width
+from rarefy.models.map import Site
+from rarefy.models.model import Model
+from rarefy.models.sources import Source
+
+PER_BLOCK = ("layer_types", "no_rope_layers")  # settings of a configuration with one entry per block
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where units lie in one tensor: ``unit[i]`` stands at position i of ``axis``; -1: not theirs, stays."""
+
+    path: str
+    axis: int
+    unit: Int64[Tensor, " positions"]
+
+    def kept(self, units: Int64[Tensor, " kept"]) -> Int64[Tensor, " positions"]:
+        """The positions that stay when only ``units`` do."""
+        return torch.isin(self.unit, torch.cat([units, torch.tensor([-1])])).nonzero()[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """All neurons, or all heads, of one block: who writes them and the matrix whose columns read them."""
+
+    role: str
+    block: int
+    count: int
+    writers: tuple[Place, ...]
+    reader: Place
+
+
+def neurons(model: Model, block: int) -> Units:
+    """The neurons of a block's feed-forward part: rows of gate and up, columns of down."""
+    sites = _sites(model, block)
+    down = sites["down"]
+    size = down.shape[1]
+    names = [sites[role] for role in ("gate", "up", "gate_up") if role in sites]
+    writers = [place for site in names for place in _rows(model, site, torch.arange(site.shape[0]) % size)]
+    return Units("neurons", block, size, tuple(writers), Place(down.path, 1, torch.arange(size)))
+
+
+def heads(model: Model, block: int) -> Units:
+    """Heads with their keys and values: a unit is one key-value head and all queries that share it."""
+    config, width = model.config, head_width(model.config)
+    if model.map.family.name == "gpt2":
+        raise ModelError(f"{model.name}: GPT-2's width of a head follows from their number, so none can "
+                         "be left out; leave out neurons or blocks")
+    count = config.num_key_value_heads
+    shared = config.num_attention_heads // count
+    query = torch.arange(count).repeat_interleave(shared * width)
+    key = torch.arange(count).repeat_interleave(width)
+    sites = _sites(model, block)
+    layout = {"q": query, "k": key, "v": key, "qkv": torch.cat([query, key, key])}
+    writers = [place for role, unit in layout.items() if role in sites
+               for place in _rows(model, sites[role], unit)]
+    return Units("heads", block, count, tuple(writers), Place(sites["o"].path, 1, query))
+
+
+GROUPS = {"neurons": neurons, "heads": heads}
+
+
+def written(model: Model, units: Units) -> Float[Tensor, " units"]:
+    """Root of the summed squares of all rows that write each unit."""
+    total = torch.zeros(units.count)
+    for place in units.writers:
+        if place.path in model.map.by_path:
+            total.index_add_(0, place.unit, model.weight(place.path).square().sum(1))
+    return total.sqrt()
+
+
+def without_units(model: Model, kept: Mapping[int, Tensor], role: str,
+                  refits: Mapping[int, Tensor]) -> Model:
+    """The model in which block b keeps the units ``kept[b]`` (sorted) of a role, as many in every block.
+
+    refits: by block, the matrix [kept columns, columns] that the reader is multiplied with; without one its
+    columns are only left out.
+    """
+    sizes = {index.numel() for index in kept.values()}
+    if len(sizes) != 1 or len(kept) != model.map.blocks or 0 in sizes:
+        raise ModelError(f"{model.name}: every block must keep the same number of {role}, and at least one")
+    cuts: dict[str, list[_Cut]] = {}
+    for block, index in kept.items():
+        units = GROUPS[role](model, block)
+        for place in units.writers:
+            cuts.setdefault(place.path, []).append(_Cut(place.axis, place.kept(index), None))
+        reader = units.reader
+        cuts.setdefault(reader.path, []).append(_Cut(1, reader.kept(index), refits.get(block)))
+    config = copy.deepcopy(model.config)
+    _resize(config, role, sizes.pop())
+    return _view(model, config, ShrunkSource(model.source, cuts, model.map.by_path, {}))
+
+
+def without_blocks(model: Model, dropped: frozenset[int]) -> Model:
+    """The model without some of its blocks; those that stay move up."""
+    stay = [block for block in range(model.map.blocks) if block not in dropped]
+    if not stay or not dropped <= set(range(model.map.blocks)):
+        raise ModelError(f"{model.name}: of blocks 0 to {model.map.blocks - 1} at least one must stay")
+    config = copy.deepcopy(model.config)
+    for name in PER_BLOCK:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [values[block] for block in stay])
+    config.num_hidden_layers = len(stay)
+    prefix = model.map.family.blocks
+    names = {}
+    for name in model.source.names():
+        inside = model.map.family.inside(name)
+        if inside is None:
+            names[name] = name
+        elif inside[0] in stay:
+            names[f"{prefix}.{stay.index(inside[0])}.{inside[1]}"] = name
+    return _view(model, config, ShrunkSource(model.source, {}, {}, names))
+
+
+def _view(model: Model, config: Any, source: ShrunkSource) -> Model:
+    return Model(model.name, model.map.family, config, source, lambda: model.tokenizer)
+
+
+def _sites(model: Model, block: int) -> dict[str, Site]:
+    return {site.role: site for site in model.map.in_block(block)}
+
+
+def _rows(model: Model, site: Site, unit: Tensor) -> Iterator[Place]:
+    """The rows of a matrix, and of its bias where it has one."""
+    yield Place(site.path, 0, unit)
+    bias = re.sub("weight$", "bias", site.path)
+    if any(param.path == bias for param in model.map.params):
+        yield Place(bias, 0, unit)
+
+
+def _resize(config: Any, role: str, count: int) -> None:
+    if role == "neurons":
+        name = "n_inner" if config.model_type == "gpt2" else "intermediate_size"
+        setattr(config, name, count)
+        return
+    config.head_dim = head_width(config)  # it can no longer be told from the number of heads
+    config.num_attention_heads = config.num_attention_heads // config.num_key_value_heads * count
+    config.num_key_value_heads = count
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """Positions of one axis that stay; ``refit``: or what the matrix is multiplied with instead."""
+
+    axis: int
+    kept: Tensor
+    refit: Tensor | None
+
+    def applied(self, values: Tensor) -> Tensor:
+        if self.refit is not None:
+            return values.float() @ self.refit.T
+        return values.index_select(self.axis, self.kept)
+
+
+class ShrunkSource(Source):
+    """The tensors of another source with positions left out, or some of them under other names.
+
+    sites: says which matrices the file holds transposed. names: what each tensor is called inside; empty:
+    the same.
+    """
+
+    def __init__(self, inner: Source, cuts: Mapping[str, list[_Cut]], sites: Mapping[str, Site],
+                 names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.inner, self._cuts, self._sites, self._names = inner, cuts, sites, names
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._names) or self.inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = list(self.inner.shape(self._inside(name)))
+        for cut in self._cuts.get(name, ()):
+            shape[len(shape) - 1 - cut.axis if self._flipped(name) else cut.axis] = cut.kept.numel()
+        return tuple(shape)
+
+    def dtype(self, name: str) -> str:
+        return "float32" if name in self._cuts else self.inner.dtype(self._inside(name))
+
+    def files(self) -> tuple[Path, ...]:
+        return self.inner.files()
+
+    def check(self, name: str) -> None:
+        """What is left of something finite is finite."""
+        self.inner.check(self._inside(name))
+
+    def rows(self, name: str, index: slice | Tensor) -> Tensor:
+        """Some rows; of a matrix that was cut, all are read."""
+        inside = self._inside(name)
+        if name not in self._cuts:
+            return self.inner.rows(inside, index)
+        values = self.inner.rows(inside, slice(None))
+        flipped = self._flipped(name)
+        values = values.T if flipped else values
+        for cut in self._cuts[name]:
+            values = cut.applied(values.float())
+        return (values.T if flipped else values)[index]
+
+    def _rows(self, name: str, index: slice | Tensor) -> Tensor:
+        return self.rows(name, index)
+
+    def _inside(self, name: str) -> str:
+        return self._names.get(name, name)
+
+    def _flipped(self, name: str) -> bool:
+        site = self._sites.get(name)
+        return site is not None and site.transposed

@@ -1,0 +1,175 @@
+"""Techniques of scope ``structure``: a model in, a smaller model of the same kind out, as a view.
+
+What a technique needs to see is gathered on the float model as it is, block by block. Units are chosen
+block by block, as many in each; the readers are then refitted to what calibration saw. The view takes the
+model's place in the survey, the sweep and the export; the proof compares with the original.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rarefy.calibration.evidence import Advance, Stream, survey
+from rarefy.core.errors import EditError, RecipeError
+from rarefy.core.nouns import Evidence, Receipt, Recipe
+from rarefy.core.structure import Passage, Shortening, Thinning, UnitGroup
+from rarefy.measure.divergence import Reference
+from rarefy.models.model import Model
+from rarefy.models.runner import Runner
+from rarefy.models.shrunk import GROUPS, Units, without_blocks, without_units, written
+from rarefy.run.planning import build_structure, structures
+from rarefy.run.recipe import split
+
+WINDOWS = 8  # windows whose gradients or KL are looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Reshaped:
+    """The view, and one receipt per block that changed: bits count every weight at 16."""
+
+    model: Model
+    receipts: tuple[Receipt, ...]
+
+
+def reshaped(model: Model, recipe: Recipe, tokens: Tensor | None,
+             advance: Advance = lambda done, total: None) -> Reshaped:
+    """``model`` after every step of scope ``structure`` of a recipe, in their order.
+
+    tokens: calibration windows [windows, length] (None: only steps that need none).
+    """
+    receipts: tuple[Receipt, ...] = ()
+    for step in split(recipe.steps)[0]:
+        if step.technique not in structures():
+            continue
+        if step.where != ("*",):
+            raise RecipeError(f"{step.technique}: takes out parts of every block alike; leave 'where' out")
+        technique = build_structure(step)
+        if technique.needs and tokens is None:
+            raise EditError(f"{model.name}: {step.technique} needs calibration text; pass data")
+        if isinstance(technique, Shortening):
+            assert tokens is not None
+            done = shortened(model, technique, tokens, name=step.technique, advance=advance)
+        else:
+            done = thinned(model, technique, tokens, name=step.technique, seed=recipe.seed, advance=advance)
+        model, receipts = done.model, receipts + done.receipts
+    return Reshaped(model, receipts)
+
+
+# ---- units
+
+def thinned(model: Model, technique: Thinning, tokens: Tensor | None, *, name: str = "", seed: int = 0,
+            advance: Advance = lambda done, total: None) -> Reshaped:
+    """The model without the units that cost least, as many in every block."""
+    kept: dict[int, Tensor] = {}
+    refits: dict[int, Tensor] = {}
+    receipts = []
+    for group in _groups(model, technique, tokens, seed, advance):
+        started = time.perf_counter()
+        count, scores = technique.count(group), technique.scores(group)
+        if not bool(torch.isfinite(scores).all()):
+            raise EditError(f"{group.site}: the cost of its {group.role} is not finite; check the model")
+        index = scores.argsort(descending=True, stable=True)[:count].sort().values
+        refit = technique.refit(group, index)
+        if refit is not None:
+            refits[group.block] = refit
+        kept[group.block] = index
+        receipts.append(_receipt(group, name, index, refit, time.perf_counter() - started))
+    return Reshaped(without_units(model, kept, technique.units, refits), tuple(receipts))
+
+
+def _groups(model: Model, technique: Thinning, tokens: Tensor | None, seed: int,
+            advance: Advance) -> Iterator[UnitGroup]:
+    """Every block's units, with evidence at their reader as far as the technique needs it."""
+    units = [GROUPS[technique.units](model, block) for block in range(model.map.blocks)]
+    readers = {each.reader.path: each for each in units}
+    if not technique.needs:
+        yield from (_group(model, each, None) for each in units)
+        return
+    assert tokens is not None
+    # plain sums of inputs refit best; the survey adds what an error of each output costs
+    fishers: dict[str, Tensor | None] = {}
+    if "fisher" in technique.needs:
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(b"structure"))
+        fishers = {seen.site.path: seen.evidence.fisher
+                   for seen in survey(Runner(model), tokens[:WINDOWS], generator, advance)
+                   if seen.site.path in readers}
+    stream = Stream(Runner(model), tokens)
+    for each in units:
+        path = each.reader.path
+        evidence = stream.inputs(each.block, {path})[path]
+        yield _group(model, each, replace(evidence, fisher=fishers.get(path)))
+        if each.block + 1 < model.map.blocks:
+            stream.advance(each.block)
+        advance(each.block + 1, model.map.blocks)
+
+
+def _group(model: Model, units: Units, evidence: Evidence | None) -> UnitGroup:
+    reader = units.reader
+    return UnitGroup(reader.path, units.role, units.block, reader.unit, model.weight(reader.path),
+                     written(model, units), evidence)
+
+
+def _receipt(group: UnitGroup, name: str, kept: Tensor, refit: Tensor | None, seconds: float) -> Receipt:
+    """What one block lost: bits of its reader, and the error of what it gives where inputs are known."""
+    before = group.reader.numel() * 16
+    columns = torch.isin(group.unit, kept)
+    error = float("nan")
+    if group.evidence is not None:
+        change = torch.where(columns, 0.0, group.reader)
+        if refit is not None:
+            change[:, columns] = group.reader[:, columns] - group.reader @ refit.T
+        error = group.evidence.error(change) / max(group.evidence.error(group.reader), 1e-30)
+    note = f"{group.units - kept.numel()} of {group.units} {group.role} left out"
+    return Receipt(group.site, name, before, before * kept.numel() // group.units, error, seconds, note=note)
+
+
+# ---- blocks
+
+def shortened(model: Model, technique: Shortening, tokens: Tensor, *, name: str = "",
+              advance: Advance = lambda done, total: None) -> Reshaped:
+    """The model without the blocks that the technique names."""
+    started = time.perf_counter()
+    passages = _passages(model, tokens, advance)
+    if technique.measures:
+        passages = _measured(model, passages, tokens[:WINDOWS], advance)
+    dropped = technique.drop(passages)
+    seconds = time.perf_counter() - started
+    receipts = []
+    for block in dropped:
+        bits = sum(site.shape[0] * site.shape[1] for site in model.map.in_block(block)) * 16
+        cost = passages[block].influence if passages[block].damage is None else passages[block].damage
+        receipts.append(Receipt(f"{model.map.family.blocks}.{block}", name, bits, 0, float("nan"),
+                                seconds / len(dropped), note=f"left out at a cost of {cost:.3g}"))
+    return Reshaped(without_blocks(model, frozenset(dropped)), tuple(receipts))
+
+
+@torch.no_grad()
+def _passages(model: Model, tokens: Tensor, advance: Advance) -> tuple[Passage, ...]:
+    """Every block's influence; the first position of a window, which is no text, aside."""
+    stream = Stream(Runner(model), tokens)
+    found = []
+    for block in range(model.map.blocks):
+        before = stream.hidden
+        stream.advance(block)
+        cosines = [torch.cosine_similarity(a[:, 1:], b[:, 1:], dim=-1).flatten()
+                   for a, b in zip(before, stream.hidden, strict=True)]
+        found.append(Passage(block, 1.0 - float(torch.cat(cosines).mean())))
+        advance(block + 1, model.map.blocks)
+    return tuple(found)
+
+
+def _measured(model: Model, passages: tuple[Passage, ...], tokens: Tensor,
+              advance: Advance) -> tuple[Passage, ...]:
+    reference = Reference(model, tokens)
+    found = []
+    for each in passages:
+        kl = reference.compare(Runner(without_blocks(model, frozenset({each.block})))).kl_mean
+        found.append(replace(each, damage=kl))
+        advance(each.block + 1, len(passages))
+    return tuple(found)

@@ -1,0 +1,131 @@
+"""Take out whole neurons or attention heads, and let those that stay do their work.
+
+Units u (a neuron; a key-value head with its queries) write channels x_u that one matrix reads, y = sum_u W_u
+x_u. With the inputs' second moment G = X X^T / T, and f_i what an error of output i costs (1, or the Fisher),
+leaving u out costs
+
+    magnitude    sqrt(|writers of u|^2 + |W_u|^2)                   data-free
+    activation   sqrt(tr G_uu)                                       how loud the unit is
+    wanda        sqrt(tr W_u G_uu W_u^T)                             the part of y that goes
+    fisher       1/2 sum_i f_i W_u,i G_uu W_u,i^T                    the same in nats
+    obs          1/2 sum_i f_i W_u,i ((G^-1)_uu)^-1 W_u,i^T          what is left when the others step in
+
+The units that cost least go, as many in every block, so that any runtime loads what is left. ``compensate``
+then refits the reader by least squares on the kept columns K,
+
+    W' = W G_:K (G_KK)^-1,
+
+which is what ``obs`` assumes and what makes most of the difference in practice.
+
+Paper: He et al. 2017, "Channel Pruning", eq. 3 (the refit); Kurtic et al. 2023, "ZipLM", eq. 3 (obs);
+Muralidharan et al. 2024, "Minitron" (activation); Ma et al. 2023, "LLM-Pruner" (heads with their group).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rarefy.core.errors import EditError, RecipeError, did_you_mean
+from rarefy.core.structure import UnitGroup
+from rarefy.numerics.linear import damped
+
+CRITERIA = ("magnitude", "activation", "wanda", "fisher", "obs")
+
+
+@dataclass(frozen=True)
+class Units:
+    """Leave out a share of the units of every block.
+
+    Shapes: scores [units]; refit [kept columns, in]. units: neurons or heads. ratio: the share that goes.
+    multiple: what stays is rounded up to a multiple of this many channels, because block formats need whole
+    blocks. compensate: refit the reader. damping: share of the Gram's mean diagonal added to it.
+    """
+
+    units: str = "neurons"
+    ratio: float = 0.25
+    criterion: str = "obs"
+    compensate: bool = True
+    multiple: int = 32
+    damping: float = 0.01
+
+    scope: ClassVar[str] = "structure"
+    edits: ClassVar[tuple[type[UnitGroup], ...]] = (UnitGroup,)
+    beats: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if self.units not in ("neurons", "heads"):
+            raise RecipeError(f"units {self.units!r}: choose neurons or heads")
+        if self.criterion not in CRITERIA:
+            raise RecipeError(f"criterion {self.criterion!r}: choose one of {', '.join(CRITERIA)}"
+                              f"{did_you_mean(self.criterion, list(CRITERIA))}")
+        if not 0 < self.ratio < 1:
+            raise RecipeError(f"ratio {self.ratio}: must be a share above 0 and below 1")
+        if self.multiple < 1:
+            raise RecipeError(f"multiple {self.multiple}: must be 1 or more")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Gram unless nothing is looked at, the Fisher where errors are priced with it."""
+        gram = {"gram"} if self.compensate or self.criterion != "magnitude" else set()
+        return frozenset(gram | ({"fisher"} if self.criterion in ("fisher", "obs") else set()))
+
+    def count(self, group: UnitGroup) -> int:
+        """How many units stay."""
+        width = group.unit.numel() // group.units
+        step = max(1, -(-self.multiple // width))
+        wanted = round(group.units * (1 - self.ratio))
+        kept = -(-wanted // step) * step
+        asked = f"{group.site}: a ratio of {self.ratio:g} of {group.units} {group.role}"
+        if kept >= group.units:
+            raise EditError(f"{asked} leaves none to take out in steps of {step}; raise ratio or lower "
+                            f"multiple={self.multiple}")
+        if wanted < 1:
+            raise EditError(f"{asked} leaves none that stay; lower it")
+        return kept
+
+    def scores(self, group: UnitGroup) -> Float[Tensor, " units"]:
+        """What leaving each unit out costs."""
+        if self.criterion == "magnitude":
+            read = torch.zeros(group.units).index_add_(0, group.unit, group.reader.square().sum(0))
+            return (group.written.square() + read).sqrt()
+        assert group.evidence is not None
+        G = group.evidence.gram / max(group.evidence.tokens, 1)
+        if self.criterion == "activation":
+            return torch.zeros(group.units).index_add_(0, group.unit, G.diagonal()).sqrt()
+        priced = self.criterion in ("fisher", "obs")
+        f = group.evidence.fisher if priced else torch.ones(group.reader.shape[0])
+        assert f is not None
+        if self.criterion == "obs":
+            G = torch.cholesky_inverse(torch.linalg.cholesky(damped(G, self.damping)))
+        scores = torch.stack([_cost(group.reader[:, group.unit == u], G[group.unit == u][:, group.unit == u],
+                                    f, inverted=self.criterion == "obs") for u in range(group.units)]) \
+            if group.units < group.unit.numel() else _single(group.reader, G.diagonal(), f, self.criterion)
+        return scores / 2 if priced else scores.sqrt()
+
+    def refit(self, group: UnitGroup, kept: Int64[Tensor, " kept"]) -> Float[Tensor, "columns in_"] | None:
+        """``((G_KK)^-1 G_K:)``: the kept inputs' best linear account of all of them."""
+        if not self.compensate:
+            return None
+        assert group.evidence is not None
+        G = damped(group.evidence.gram / max(group.evidence.tokens, 1), self.damping)
+        K = torch.isin(group.unit, kept).nonzero()[:, 0]
+        factor = torch.linalg.cholesky(G[K][:, K])
+        return torch.cholesky_solve(G[K], factor).float()
+
+
+def _cost(W: Tensor, G: Tensor, f: Tensor, *, inverted: bool) -> Tensor:
+    """sum_i f_i W_i G W_i^T for the columns of one unit, G or its inverse."""
+    W = W.to(G.dtype)
+    image = torch.linalg.solve(G, W.T).T if inverted else W @ G
+    return ((image * W).sum(1) * f).sum().float()
+
+
+def _single(W: Tensor, g: Tensor, f: Tensor, criterion: str) -> Tensor:
+    """The same where every unit is one column."""
+    energy = f @ W.square()
+    return (energy / g if criterion == "obs" else energy * g).float()

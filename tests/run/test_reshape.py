@@ -1,0 +1,159 @@
+"""Taking out neurons, heads and blocks: the view is a model, and what is taken out is what matters least."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rarefy.core.errors import EditError, ModelError, RecipeError
+from rarefy.core.nouns import Evidence, Recipe, Step
+from rarefy.core.structure import Passage, UnitGroup
+from rarefy.export.gguf import export_gguf
+from rarefy.measure.divergence import Reference
+from rarefy.models.model import Model, open_model
+from rarefy.models.runner import Runner
+from rarefy.models.shrunk import GROUPS, without_blocks, without_units
+from rarefy.run.recipe import split
+from rarefy.run.reshape import reshaped, thinned
+from rarefy.techniques.depth.drop import Drop
+from rarefy.techniques.prune.units import Units
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_wide: Path) -> Model:
+    return open_model(tiny_llama_wide)
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Model) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    rows = next(site.shape[0] for site in model.map.sites if site.role == "embed")
+    return torch.randint(0, rows, (6, 48), generator=generator)
+
+
+def logits(model: Model, tokens: torch.Tensor) -> torch.Tensor:
+    runner = Runner(model)
+    hidden, context = runner.stem(tokens)
+    for block in range(runner.blocks):
+        hidden = runner.block(block, hidden, context)
+    return runner.logits(runner.norm(hidden))
+
+
+def everything(model: Model, role: str) -> dict[int, torch.Tensor]:
+    return {block: torch.arange(GROUPS[role](model, block).count) for block in range(model.map.blocks)}
+
+
+@pytest.mark.parametrize("role", ["neurons", "heads"])
+def test_keeping_everything_changes_nothing(model: Model, tokens: torch.Tensor, role: str) -> None:
+    view = without_units(model, everything(model, role), role, {})
+    torch.testing.assert_close(logits(view, tokens[:2]), logits(model, tokens[:2]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3", "gpt2"])
+def test_units_that_write_zeros_are_taken_out_without_a_trace(
+        family: str, tiny_random: object, tmp_path: Path) -> None:
+    """Dead neurons and heads: the smaller network answers as the larger one, in every family."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(tiny_random(family))  # type: ignore[operator]
+    model = open_model(tiny_random(family))  # type: ignore[operator]
+    for role in ("neurons",) if family == "gpt2" else ("neurons", "heads"):
+        kept = {}
+        for block in range(model.map.blocks):
+            units = GROUPS[role](model, block)
+            kept[block] = torch.arange(units.count)[:-1] if units.count > 1 else torch.arange(1)
+            reader = network.get_parameter(units.reader.path).data
+            matrix = reader if model.map.by_path[units.reader.path].transposed else reader.T
+            matrix[torch.isin(units.reader.unit, torch.arange(units.count)[kept[block].numel():])] = 0
+        alive = Model.from_module(network, None)
+        view = without_units(alive, kept, role, {})
+        tokens = torch.arange(24).view(2, 12)
+        torch.testing.assert_close(logits(view, tokens), logits(alive, tokens), rtol=1e-4, atol=1e-5)
+        assert view.parameters < alive.parameters or kept[0].numel() == GROUPS[role](alive, 0).count
+
+
+def kl(model: Model, tokens: torch.Tensor, **settings: object) -> float:
+    view = thinned(model, Units(multiple=8, **settings), tokens).model  # type: ignore[arg-type]
+    return Reference(model, tokens).compare(Runner(view)).kl_mean
+
+
+def test_refitted_criteria_beat_magnitude(model: Model, tokens: torch.Tensor) -> None:
+    plain = {c: kl(model, tokens, criterion=c, compensate=False) for c in ("magnitude", "wanda", "obs")}
+    refitted = {c: kl(model, tokens, criterion=c, compensate=True) for c in ("magnitude", "wanda", "obs")}
+    assert plain["wanda"] < plain["magnitude"]
+    assert all(refitted[c] < plain[c] for c in plain)
+    assert refitted["obs"] < plain["magnitude"] / 2
+
+
+def test_obs_is_the_loss_after_the_best_refit() -> None:
+    """Literally: drop each unit, solve least squares for the others, look at the loss."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(8, 400, generator=generator) * torch.linspace(0.3, 2, 8)[:, None]
+    X[3] += 0.9 * X[2]
+    W, f = torch.randn(5, 8, generator=generator), torch.rand(5, generator=generator)
+    unit = torch.arange(8) // 2
+    group = UnitGroup("s", "heads", 0, unit, W, torch.ones(4), Evidence(X @ X.T, 400, f))
+    scores = Units(damping=0.0, multiple=1, units="heads").scores(group)
+    for u in range(4):
+        K = unit != u
+        refit = torch.linalg.lstsq(X[K].T, (W @ X).T).solution.T
+        loss = (W @ X - refit @ X[K]).square().sum(1) @ f / 400 / 2
+        torch.testing.assert_close(scores[u], loss, rtol=1e-3, atol=1e-5)
+        kept = torch.tensor([v for v in range(4) if v != u])
+        mine = W @ Units(damping=0.0, multiple=1).refit(group, kept).T  # type: ignore[union-attr]
+        torch.testing.assert_close(mine, refit, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_that_do_nothing_go_first(model: Model, tokens: torch.Tensor) -> None:
+    done = reshaped(model, Recipe("", (Step("drop", settings={"count": 1, "by": "kl", "keep_first": 0,
+                                                              "keep_last": 0}),)), tokens)
+    assert done.model.map.blocks == model.map.blocks - 1
+    measured = {block: Reference(model, tokens).compare(
+        Runner(without_blocks(model, frozenset({block})))).kl_mean for block in range(model.map.blocks)}
+    gone = int(done.receipts[0].site.rpartition(".")[2])
+    assert measured[gone] == min(measured.values())
+
+
+def test_influence_ranks_blocks() -> None:
+    passages = tuple(Passage(k, influence) for k, influence in enumerate((0.9, 0.2, 0.1, 0.3, 0.05)))
+    assert Drop(count=2).drop(passages) == (1, 2)
+    assert Drop(count=2, keep_last=0).drop(passages) == (2, 4)
+    with pytest.raises(EditError, match="of 5 blocks only 3 may go"):
+        Drop(count=4).drop(passages)
+
+
+def test_what_is_left_is_exported(model: Model, tokens: torch.Tensor, tmp_path: Path) -> None:
+    recipe = Recipe("", (Step("units", settings={"ratio": 0.25}),
+                         Step("drop", settings={"keep_last": 0})))
+    smaller = reshaped(model, recipe, tokens).model
+    path = tmp_path / "model.gguf"
+    export_gguf(smaller, {}, {site.path: "F16" for site in smaller.map.sites}, path)
+    again = open_model(path)
+    assert again.map.blocks == model.map.blocks - 1
+    assert again.config.intermediate_size < model.config.intermediate_size
+    torch.testing.assert_close(logits(again, tokens[:1]), logits(smaller, tokens[:1]), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"units": "layers"}, "choose neurons or heads"), ({"criterion": "wnda"}, "did you mean 'wanda'"),
+    ({"ratio": 1.0}, "below 1"), ({"ratio": 0.0}, "above 0"), ({"multiple": 0}, "1 or more")])
+def test_settings_that_mean_nothing(settings: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Units(**settings)
+
+
+def test_what_cannot_be_taken_out(model: Model, tokens: torch.Tensor, tiny_random: object) -> None:
+    with pytest.raises(EditError, match="leaves none to take out in steps of"):
+        thinned(model, Units(ratio=0.01, multiple=256), tokens)
+    with pytest.raises(ModelError, match="GPT-2's width of a head"):
+        GROUPS["heads"](open_model(tiny_random("gpt2")), 0)  # type: ignore[operator]
+    with pytest.raises(ModelError, match="at least one must stay"):
+        without_blocks(model, frozenset(range(model.map.blocks)))
+    with pytest.raises(RecipeError, match="move it up"):
+        split((Step("rtn"), Step("drop")))
+    with pytest.raises(RecipeError, match="takes out parts of every block alike"):
+        reshaped(model, Recipe("", (Step("drop", where=("role:up",)),)), tokens)
+    with pytest.raises(EditError, match="needs calibration text"):
+        reshaped(model, Recipe("", (Step("drop"),)), None)
