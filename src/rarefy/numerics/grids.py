@@ -13,6 +13,7 @@ llama.cpp's K-types). A grid is a description only: how a file packs it belongs 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 
@@ -98,3 +99,19 @@ def integer_grid(bits: int, group: int, *, symmetric: bool = True,
     zero = None if symmetric else Stored(dtype=torch.int8, relative=True)
     name = f"int{bits}{'' if symmetric else 'z'}g{group or 'row'}"
     return Grid(name, tuple(float(v) for v in range(-half, half)), group, Stored(dtype=dtype), zero)
+
+
+def nf4_grid(group: int, *, over: int = 0, dtype: torch.dtype = torch.float16) -> Grid:
+    """NormalFloat4: quantiles of the normal distribution, one level at zero (Dettmers et al. 2023, "QLoRA",
+    section 3 and appendix E).
+
+    over: groups that share one coarse scale, of which theirs are 8-bit steps (double quantization; 0: plain
+    scales). Levels are whole numbers here: the reals times 2^15 - 1, off by less than scales are rounded by.
+    """
+    normal, outermost = NormalDist(), 1 - (1 / 32 + 1 / 30) / 2  # the mean of 1 - 1/32 and 1 - 1/30
+    reals = [normal.inv_cdf(0.5 + (outermost - 0.5) * k / 8) for k in range(9)]
+    reals += [-normal.inv_cdf(0.5 + (outermost - 0.5) * k / 7) for k in range(1, 8)]
+    unit = ((1 << 15) - 1) / max(reals)
+    levels = tuple(float(round(real * unit)) for real in sorted(reals))
+    scale = Stored(dtype=torch.float32, bits=8, over=over) if over else Stored(dtype=dtype)
+    return Grid(f"nf4g{group}{f'x{over}' if over else ''}", levels, group, scale)
