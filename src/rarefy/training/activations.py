@@ -1,0 +1,125 @@
+"""Activations rounded during training: every chosen layer sees its input as integers will hold it.
+
+The range of each input follows the batches as a moving average of their smallest and largest value, and
+always contains zero, which has a code of its own. With 2^b codes,
+
+    s = (high - low) / (2^b - 1),   z = round(-low / s),   x' = s (clip(round(x / s) + z, 0, 2^b - 1) - z),
+
+and the gradient passes straight through where x was not clipped. In the first steps, while the network is
+still finding its ranges, nothing is rounded. What remains are the ranges: an integer runtime needs nothing
+else to run the network that was trained.
+
+Paper: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", section 3.1 and eq. 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core.errors import DataError, RecipeError, did_you_mean
+from rarefy.core.latent import passed
+from rarefy.numerics.ranges import Range
+from rarefy.training.loop import Batch, Loss, Task
+
+
+class Activations(nn.Module):
+    """Ranges of the inputs of some layers, and their rounding.
+
+    layers: names of modules. bits: 2 to 8. memory: share of the old range that every batch leaves. delay:
+    steps before rounding begins. In eval mode ranges stand still and rounding is on.
+    """
+
+    def __init__(self, layers: Sequence[str], bits: int = 8, memory: float = 0.99, delay: int = 0) -> None:
+        super().__init__()
+        if not layers:
+            raise RecipeError("no layers to watch the inputs of")
+        if not 2 <= bits <= 8 or not 0 <= memory < 1 or delay < 0:
+            raise RecipeError(f"activations: bits {bits}, memory {memory}, delay {delay}: bits must lie "
+                              "between 2 and 8, memory be a share below 1, delay not negative")
+        self.layers, self.bits, self.memory, self.delay = tuple(layers), bits, memory, delay
+        self.low: Tensor
+        self.high: Tensor
+        self.seen: Tensor
+        self.steps: Tensor
+        self.register_buffer("low", torch.zeros(len(layers)))
+        self.register_buffer("high", torch.zeros(len(layers)))
+        self.register_buffer("seen", torch.zeros(len(layers), dtype=torch.bool))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @contextmanager
+    def on(self, network: nn.Module) -> Iterator[None]:
+        """While this lasts, the inputs of the layers are watched and rounded; no hook is left behind."""
+        parts = dict(network.named_modules())
+        for name in self.layers:
+            if name not in parts:
+                raise RecipeError(f"{name}: no such layer{did_you_mean(name, list(parts))}")
+        hooks = []
+        try:
+            for index, name in enumerate(self.layers):
+                hooks.append(parts[name].register_forward_pre_hook(self._hook(index)))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def ranges(self) -> dict[str, Range]:
+        """What was found, by layer; DataError for a layer that never ran."""
+        never = [name for name, seen in zip(self.layers, self.seen.tolist(), strict=True) if not seen]
+        if never:
+            raise DataError(f"{never[0]}: has seen no input; run the network in training mode first")
+        return {name: Range(low, high) for name, low, high in
+                zip(self.layers, self.low.tolist(), self.high.tolist(), strict=True)}
+
+    def rounded(self, index: int, x: Tensor) -> Tensor:
+        """An input of one layer as its codes stand for it."""
+        if self.training:
+            self._follow(index, x.detach())
+            if int(self.steps) < self.delay:
+                return x
+        top = float(2**self.bits - 1)
+        low, high = self.low[index].clamp_max(0), self.high[index].clamp_min(0)
+        scale = (high - low) / top
+        if not scale > 0:  # nothing but zeros has come
+            return x
+        zero = (-low / scale).round()
+        code = (x.detach() / scale).round() + zero
+        return passed((code.clamp(0, top) - zero) * scale, x, ((code >= 0) & (code <= top)).float())
+
+    def _follow(self, index: int, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        old = self.memory if bool(self.seen[index]) else 0.0
+        self.low[index] = old * self.low[index] + (1 - old) * low
+        self.high[index] = old * self.high[index] + (1 - old) * high
+        self.seen[index] = True
+
+    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def call(part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (self.rounded(index, inputs[0]), *inputs[1:])
+
+        return call
+
+
+class Rounded(Task):
+    """A task whose network sees rounded activations.
+
+    It cannot checkpoint blocks: they would run again, in the backward pass, unwatched.
+    """
+
+    def __init__(self, task: Task, network: nn.Module, activations: Activations) -> None:
+        super().__init__()
+        self.task, self.activations = task, activations
+        self._network = (network,)  # not a submodule: its parameters belong to the task
+
+    def forward(self, batch: Batch) -> Loss:
+        with self.activations.on(self._network[0]):
+            loss: Loss = self.task(batch)
+        return loss
+
+    def update(self, step: int, total: int) -> None:
+        self.activations.steps.fill_(step)
+        self.task.update(step, total)
