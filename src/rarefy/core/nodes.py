@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from rarefy.numerics.coding import code_mask
 from rarefy.numerics.grids import Grid, Stored
+from rarefy.numerics.masks import code_mask
 from rarefy.numerics.rounding import Fit, Number
 
 

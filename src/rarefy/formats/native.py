@@ -7,8 +7,9 @@ A folder of three things and the files that came with the model:
     config.json          the model's configuration
 
 n codes of b bits take ceil(n * b / 8) bytes: code i sits at bits i*b .. i*b + b - 1 of the stream, lowest
-bit first. Masks and the indices of codebooks are coded as ``numerics.coding`` says. Under a mask only what
-is kept is stored, in the order of its places: values, codes, indices; scales and codebooks stay whole.
+bit first. Masks and the indices of codebooks are coded as ``numerics.masks`` and ``numerics.coding`` say.
+Under a mask only what is kept is stored, in the order of its places: values, codes, indices; scales and
+codebooks stay whole.
 
 A stream's name is the path of the weight and the way down its tree, as in
 ``model.norm.weight`` or ``lm_head.weight:scale.codes``, so tree.json cannot point anywhere else. Shared
@@ -30,11 +31,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -42,17 +43,32 @@ from rarefy.core.codebooks import Clustered, Hashed
 from rarefy.core.errors import ModelError, OutputError, TargetError
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 from rarefy.core.tensors import CP, TensorTrain, Tucker
+from rarefy.formats.native_tree import (
+    ClusteredSpec,
+    CPSpec,
+    DenseSpec,
+    GridSpec,
+    HashedSpec,
+    MaskedSpec,
+    ProductSpec,
+    QuantizedSpec,
+    SharedSpec,
+    StoredSpec,
+    SumSpec,
+    TensorTrainSpec,
+    TreeFile,
+    TuckerSpec,
+)
 from rarefy.numerics.coding import (
     LARGEST,
-    code_mask,
     code_symbols,
-    decode_mask,
     decode_symbols,
     pack_bits,
     packed_size,
     unpack_bits,
 )
 from rarefy.numerics.grids import Grid, Stored
+from rarefy.numerics.masks import code_mask, decode_mask
 
 TREE, WEIGHTS, CONFIG = "tree.json", "rarefy.safetensors", "config.json"
 CHUNK = 1 << 20  # codes packed at once; a multiple of 8, so that chunks end on whole bytes
@@ -74,127 +90,6 @@ class Native:
     params: dict[str, Tensor]
     config: dict[str, Any]
     files: tuple[Path, ...]
-
-
-# ---- what tree.json says
-
-Shape = Annotated[tuple[PositiveInt, ...], Field(max_length=8)]
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class StoredSpec(_Spec):
-    """``numerics.grids.Stored`` in JSON."""
-
-    dtype: str
-    bits: int = Field(ge=0, le=8)
-    low: int
-    over: NonNegativeInt
-    relative: bool
-
-
-class GridSpec(_Spec):
-    """``numerics.grids.Grid`` in JSON."""
-
-    name: str
-    levels: tuple[float, ...] = Field(min_length=2, max_length=256)
-    group: NonNegativeInt
-    scale: StoredSpec
-    zero: StoredSpec | None
-
-
-class DenseSpec(_Spec):
-    node: Literal["dense"] = "dense"
-    shape: Shape
-    dtype: str
-
-
-class QuantizedSpec(_Spec):
-    node: Literal["quantized"] = "quantized"
-    shape: tuple[PositiveInt, PositiveInt]
-    grid: NonNegativeInt
-    scale: NodeSpec
-    zero: NodeSpec | None
-
-
-class MaskedSpec(_Spec):
-    node: Literal["masked"] = "masked"
-    shape: Shape
-    inner: NodeSpec
-
-
-class ProductSpec(_Spec):
-    node: Literal["product"] = "product"
-    left: NodeSpec
-    right: NodeSpec
-
-
-class SumSpec(_Spec):
-    node: Literal["sum"] = "sum"
-    terms: tuple[NodeSpec, ...] = Field(min_length=1)
-
-
-class SharedSpec(_Spec):
-    node: Literal["shared"] = "shared"
-    path: str
-
-
-class ClusteredSpec(_Spec):
-    """shape: of the index. codebook: [books, values, d]."""
-
-    node: Literal["clustered"] = "clustered"
-    shape: tuple[PositiveInt, PositiveInt]
-    codebook: DenseSpec
-
-
-class HashedSpec(_Spec):
-    node: Literal["hashed"] = "hashed"
-    shape: tuple[PositiveInt, PositiveInt]
-    seed: int = Field(ge=0, lt=1 << 32)
-    buckets: DenseSpec
-
-
-class TuckerSpec(_Spec):
-    node: Literal["tucker"] = "tucker"
-    window: Shape
-    left: NodeSpec
-    core: NodeSpec
-    right: NodeSpec
-
-
-class CPSpec(_Spec):
-    node: Literal["cp"] = "cp"
-    factors: tuple[NodeSpec, ...] = Field(min_length=2, max_length=8)
-
-
-class TensorTrainSpec(_Spec):
-    node: Literal["tensor_train"] = "tensor_train"
-    rows: Shape
-    columns: Shape
-    cores: tuple[NodeSpec, ...] = Field(min_length=1, max_length=8)
-
-
-NodeSpec = Annotated[DenseSpec | QuantizedSpec | MaskedSpec | ProductSpec | SumSpec | SharedSpec
-                     | ClusteredSpec | HashedSpec | TuckerSpec | CPSpec | TensorTrainSpec,
-                     Field(discriminator="node")]
-
-
-class TreeFile(_Spec):
-    """tree.json as a whole."""
-
-    format: Literal["rarefy"] = "rarefy"
-    version: Literal[2] = 2
-    sha256: str
-    grids: tuple[GridSpec, ...]
-    trees: dict[str, NodeSpec]
-    params: dict[str, DenseSpec]
-    files: tuple[str, ...]
-
-
-for _spec in (QuantizedSpec, MaskedSpec, ProductSpec, SumSpec, TuckerSpec, CPSpec, TensorTrainSpec, TreeFile):
-    _spec.model_rebuild()
 
 
 # ---- writing

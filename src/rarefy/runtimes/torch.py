@@ -29,7 +29,7 @@ from rarefy.core.codebooks import Hashed
 from rarefy.core.errors import TargetError, did_you_mean
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 from rarefy.core.tensors import CP, TensorTrain, Tucker
-from rarefy.numerics.coding import tile_of
+from rarefy.numerics.masks import tile_of
 from rarefy.runtimes.modules import (
     Factors,
     HashedRows,
