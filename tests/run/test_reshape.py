@@ -157,3 +157,25 @@ def test_what_cannot_be_taken_out(model: Model, tokens: torch.Tensor, tiny_rando
         reshaped(model, Recipe("", (Step("drop", where=("role:up",)),)), tokens)
     with pytest.raises(EditError, match="needs calibration text"):
         reshaped(model, Recipe("", (Step("drop"),)), None)
+
+
+def test_heads_that_are_alike_merge_without_a_trace(model: Model, tokens: torch.Tensor,
+                                                    tiny_llama_wide: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(tiny_llama_wide)
+    heads = model.config.num_key_value_heads
+    for layer in network.model.layers:
+        for matrix in (layer.self_attn.k_proj.weight.data, layer.self_attn.v_proj.weight.data):
+            matrix.unflatten(0, (heads, -1))[:] = matrix.unflatten(0, (heads, -1))[:1].clone()
+    alike = Model.from_module(network, None)
+    done = reshaped(alike, Recipe("", (Step("grouped"),)), None)
+    assert done.model.config.num_key_value_heads == 1
+    assert all(receipt.error < 1e-10 for receipt in done.receipts)
+    after, before = logits(done.model, tokens[:1]), logits(alike, tokens[:1])
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_that_do_not_divide(model: Model) -> None:
+    with pytest.raises(EditError, match="cannot become 3"):
+        reshaped(model, Recipe("", (Step("grouped", settings={"groups": 3}),)), None)

@@ -58,6 +58,34 @@ class Passage:
     damage: float | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class KeyHeads:
+    """The heads of keys and values of one block.
+
+    key, value: their rows, [heads, width, in], biases as a last column where there are any.
+    """
+
+    site: str
+    block: int
+    key: Float[Tensor, "heads width in_"]
+    value: Float[Tensor, "heads width in_"]
+
+
+@runtime_checkable
+class Merging(Protocol):
+    """A technique that makes several heads of keys and values one.
+
+    ``merge``: the matrix [groups, heads] by which rows of heads are averaged, the same for every channel of a
+    head; group g serves the queries of the heads that were at its place.
+    """
+
+    scope: ClassVar[str]
+    edits: ClassVar[tuple[type[KeyHeads], ...]]
+    needs: ClassVar[frozenset[str]]
+
+    def merge(self, heads: KeyHeads) -> Tensor: ...
+
+
 @runtime_checkable
 class Thinning(Protocol):
     """A technique that takes out units: a frozen dataclass whose fields are its settings.

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rarefy.core.errors import ModelError
+from rarefy.core.structure import KeyHeads
 from rarefy.models.families import head_width
 from rarefy.models.map import Site
 from rarefy.models.model import Model
@@ -113,6 +114,39 @@ def without_units(model: Model, kept: Mapping[int, Tensor], role: str,
     return _view(model, config, ShrunkSource(model.source, cuts, model.map.by_path, {}))
 
 
+def key_heads(model: Model, block: int) -> KeyHeads:
+    """The key and value heads of a block as their rows."""
+    kept = model.config.num_key_value_heads if model.map.family.name != "gpt2" else 0
+    sites = _sites(model, block)
+    if not kept or "k" not in sites:
+        raise ModelError(f"{model.name}: the {model.map.family.name} family keeps queries, keys and values "
+                         "in one matrix; its heads cannot be merged")
+    key, value = (_with_bias(model, sites[role]).unflatten(0, (kept, -1)) for role in ("k", "v"))
+    return KeyHeads(sites["k"].path, block, key, value)
+
+
+def with_merged_heads(model: Model, merges: Mapping[int, Tensor]) -> Model:
+    """The model in which block b has ``merges[b]`` [groups, heads] applied to its heads of keys and values.
+
+    Queries stay in their order, so group g must stand for heads g * n to (g + 1) * n - 1.
+    """
+    counts = {matrix.shape[0] for matrix in merges.values()}
+    if len(counts) != 1 or len(merges) != model.map.blocks:
+        raise ModelError(f"{model.name}: every block must end with the same number of heads")
+    width = head_width(model.config)
+    cuts: dict[str, list[_Cut]] = {}
+    for block, matrix in merges.items():
+        sites = _sites(model, block)
+        spread = torch.kron(matrix, torch.eye(width))
+        for role in ("k", "v"):
+            for place in _rows(model, sites[role], torch.arange(sites[role].shape[0])):
+                cuts[place.path] = [_Cut(0, torch.arange(spread.shape[0]), spread)]
+    config = copy.deepcopy(model.config)
+    config.head_dim = width
+    config.num_key_value_heads = counts.pop()
+    return _view(model, config, ShrunkSource(model.source, cuts, model.map.by_path, {}))
+
+
 def without_blocks(model: Model, dropped: frozenset[int]) -> Model:
     """The model without some of its blocks; those that stay move up."""
     stay = [block for block in range(model.map.blocks) if block not in dropped]
@@ -161,9 +195,17 @@ def _resize(config: Any, role: str, count: int) -> None:
     config.num_key_value_heads = count
 
 
+def _with_bias(model: Model, site: Site) -> Tensor:
+    bias = re.sub("weight$", "bias", site.path)
+    weight = model.weight(site.path)
+    if any(param.path == bias for param in model.map.params):
+        return torch.cat([weight, model.param(bias)[:, None]], 1)
+    return weight
+
+
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """Positions of one axis that stay; ``refit``: or what the matrix is multiplied with instead."""
+    """Positions of one axis that stay; ``refit``: or the matrix [kept, all] that makes them of all."""
 
     axis: int
     kept: Tensor
@@ -171,7 +213,7 @@ class _Cut:
 
     def applied(self, values: Tensor) -> Tensor:
         if self.refit is not None:
-            return values.float() @ self.refit.T
+            return self.refit @ values if self.axis == 0 else values @ self.refit.T
         return values.index_select(self.axis, self.kept)
 
 

@@ -24,7 +24,7 @@ from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nouns import Budget, Choice, Evidence, Option, Step
-from rarefy.core.structure import Shortening, Thinning
+from rarefy.core.structure import Merging, Shortening, Thinning
 from rarefy.export.gguf import fixed_bytes, gguf_bytes, loadable, site_bytes
 from rarefy.formats.ggml import CODECS
 from rarefy.measure.divergence import Reference
@@ -133,6 +133,11 @@ def structures() -> dict[str, type[Any]]:
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "structure"}
 
 
+def objectives() -> dict[str, type[Any]]:
+    """Every loss of distillation, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "objective"}
+
+
 def _found() -> dict[str, type[Any]]:
     """The dataclass that each file under ``techniques/`` defines: the one that declares what it edits."""
     found = {}
@@ -165,9 +170,9 @@ def build_transform(step: Step) -> Transform:
     return technique
 
 
-def build_structure(step: Step) -> Thinning | Shortening:
+def build_structure(step: Step) -> Thinning | Shortening | Merging:
     """The technique of scope ``structure`` that a step names, with its settings."""
-    technique: Thinning | Shortening = _made(step, structures(), step.format)
+    technique: Thinning | Shortening | Merging = _made(step, structures(), step.format)
     return technique
 
 

@@ -18,11 +18,19 @@ from torch import Tensor
 from rarefy.calibration.evidence import Advance, Stream, survey
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Evidence, Receipt, Recipe
-from rarefy.core.structure import Passage, Shortening, Thinning, UnitGroup
+from rarefy.core.structure import Merging, Passage, Shortening, Thinning, UnitGroup
 from rarefy.measure.divergence import Reference
 from rarefy.models.model import Model
 from rarefy.models.runner import Runner
-from rarefy.models.shrunk import GROUPS, Units, without_blocks, without_units, written
+from rarefy.models.shrunk import (
+    GROUPS,
+    Units,
+    key_heads,
+    with_merged_heads,
+    without_blocks,
+    without_units,
+    written,
+)
 from rarefy.run.planning import build_structure, structures
 from rarefy.run.recipe import split
 
@@ -55,6 +63,8 @@ def reshaped(model: Model, recipe: Recipe, tokens: Tensor | None,
         if isinstance(technique, Shortening):
             assert tokens is not None
             done = shortened(model, technique, tokens, name=step.technique, advance=advance)
+        elif isinstance(technique, Merging):
+            done = merged(model, technique, name=step.technique)
         else:
             done = thinned(model, technique, tokens, name=step.technique, seed=recipe.seed, advance=advance)
         model, receipts = done.model, receipts + done.receipts
@@ -127,6 +137,26 @@ def _receipt(group: UnitGroup, name: str, kept: Tensor, refit: Tensor | None, se
         error = group.evidence.error(change) / max(group.evidence.error(group.reader), 1e-30)
     note = f"{group.units - kept.numel()} of {group.units} {group.role} left out"
     return Receipt(group.site, name, before, before * kept.numel() // group.units, error, seconds, note=note)
+
+
+# ---- heads
+
+def merged(model: Model, technique: Merging, *, name: str = "") -> Reshaped:
+    """The model in which groups of key and value heads are one head each."""
+    merges, receipts = {}, []
+    for block in range(model.map.blocks):
+        started = time.perf_counter()
+        heads = key_heads(model, block)
+        matrix = technique.merge(heads)
+        merges[block] = matrix
+        serves = (matrix.T > 0).float()  # [heads, groups]
+        served = torch.einsum("hg,gk,kwi->hwi", serves, matrix, heads.key)
+        error = float((heads.key - served).square().sum() / heads.key.square().sum())
+        before = (heads.key.numel() + heads.value.numel()) * 16
+        receipts.append(Receipt(heads.site, name, before, before * matrix.shape[0] // matrix.shape[1], error,
+                                time.perf_counter() - started,
+                                note=f"{matrix.shape[1]} heads of keys and values became {matrix.shape[0]}"))
+    return Reshaped(with_merged_heads(model, merges), tuple(receipts))
 
 
 # ---- blocks
