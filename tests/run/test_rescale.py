@@ -184,7 +184,7 @@ def test_steps_of_a_recipe(tiny_llama: Path, windows: Tensor) -> None:
     steps = (Step("rotate"), Step("awq", settings={"steps": 5}), Step("gptq", format="Q4_0"))
     first, rest = split(steps)
     assert [step.technique for step in first] == ["rotate", "awq"] and rest == steps[2:]
-    with pytest.raises(RecipeError, match="awq: .* channels of the whole model and must come before"):
+    with pytest.raises(RecipeError, match=r"awq: .* channels of the whole model and must come before"):
         split((Step("rotate"), Step("gptq"), Step("awq")))
     model = open_model(tiny_llama)
     done = rescaled(model, Recipe("x", steps), effort_named("quick"), windows[:4])
