@@ -41,16 +41,17 @@ def compress(model: Any, to: str | None = None, *, max_kl: float | None = None, 
 
 
 def load(ref: Path | str, *, fast: bool = False, **settings: Any) -> Any:
-    """A transformers network, ready to run, from a native folder, a ``.gguf`` file or any other model.
+    """A network, ready to run, from a native folder, a job's folder, a ``.gguf`` file or any other model.
 
     fast: compressed weights run by the fastest kernels that there are for them, and ``network.lowered`` says
     how each one does; such a network does not train. Otherwise all are decoded. ``dtype``: torch's type of
-    the weights, float32 if not given.
+    the weights, float32 if not given. ``into``: a module of the same class, when the network is not one of
+    transformers but your own.
     """
     if fast:
         from rarefy.runtimes.torch import load as load_fast
 
         return load_fast(ref, **settings)
-    from rarefy.export.native import load as load_network  # importing rarefy must not import torch
+    from rarefy.export.networks import load as load_network  # importing rarefy must not import torch
 
     return load_network(ref, **settings)

@@ -25,7 +25,9 @@ from rarefy.export.gguf import LLAMA_CPP
 from rarefy.formats.ggml import CODECS
 from rarefy.formats.native import CONFIG, TREE, WEIGHTS, load_native, save_native
 from rarefy.models.families import family_of
+from rarefy.models.map import Site
 from rarefy.models.model import Model, open_model, skeleton
+from rarefy.models.network import Network
 from rarefy.models.sources import GgufSource, Source
 
 MODEL_TYPE = "rarefy"
@@ -34,13 +36,16 @@ NATIVE = Target("native", LLAMA_CPP.formats, "",
 
 
 class TreeSource(Source):
-    """The weights that trees stand for, decoded row by row as they are asked for."""
+    """The weights that trees stand for, decoded row by row as they are asked for.
+
+    sites: those that the network does not hold as matrices (transposed ones, convolutions), by path.
+    """
 
     def __init__(self, folder: Path, trees: Mapping[str, Node], params: Mapping[str, Tensor],
-                 flipped: frozenset[str]) -> None:
+                 sites: Mapping[str, Site]) -> None:
         super().__init__()
         self.trees, self.params = dict(trees), dict(params)
-        self._folder, self._transposed = folder, flipped
+        self._folder, self._sites = folder, dict(sites)
 
     def names(self) -> tuple[str, ...]:
         return (*self.trees, *self.params)
@@ -49,7 +54,8 @@ class TreeSource(Source):
         if name in self.params:
             return tuple(self.params[name].shape)
         shape = self.trees[name].shape
-        return shape[::-1] if name in self._transposed else shape
+        site = self._sites.get(name)
+        return shape if site is None else tuple(site.stored(torch.empty(shape, device="meta")).shape)
 
     def dtype(self, name: str) -> str:
         match self.params.get(name, self.trees.get(name)):
@@ -67,12 +73,13 @@ class TreeSource(Source):
 
     def _rows(self, name: str, index: slice | Tensor) -> Tensor:
         if name in self.params:
-            return self.params[name][index]
-        tree = self.trees[name]
-        if name in self._transposed:
-            return tree.dense().T[index]
+            whole = self.params[name]
+            return whole[index] if whole.ndim else whole
+        tree, site = self.trees[name], self._sites.get(name)
+        if site is not None:
+            return site.stored(tree.dense())[index]
         rows = torch.arange(tree.shape[0])[index] if isinstance(index, slice) else index
-        return (tree if len(rows) == tree.shape[0] else tree.select(0, rows)).dense()
+        return tree.dense() if len(rows) == tree.shape[0] else tree.rows(rows)
 
 
 def export_native(model: Model, trees: Mapping[str, Node], folder: Path | str, *,
@@ -82,20 +89,27 @@ def export_native(model: Model, trees: Mapping[str, Node], folder: Path | str, *
     trees: what to store for each site; a site without one is stored as the model has it, in its dtype.
     params: norms or biases to store in place of the model's.
     """
-    changed = dict(params or {})
-    for key, known in (*((key, list(model.map.by_path)) for key in trees),
-                       *((key, [param.path for param in model.map.params]) for key in changed)):
-        if key not in known:
-            raise TargetError(f"{key}: no such weight{did_you_mean(key, known)}")
-    whole = {site.path: trees.get(site.path) or Dense(_stored(model, site.path, site.transposed))
-             for site in model.map.sites}
-    rest = {param.path: changed.get(param.path, model.source.read(param.path)) for param in model.map.params}
     config = {"model_type": MODEL_TYPE, "architectures": ["RarefyForCausalLM"], "name": model.name,
               "network": model.config.to_dict()}
+    return write_native(model, trees, params or {}, config, folder, model.tokenizer)
+
+
+def write_native(model: Model | Network, trees: Mapping[str, Node], params: Mapping[str, Tensor],
+                 config: Mapping[str, Any], folder: Path | str, tokenizer: Any = None,
+                 files: tuple[Path, ...] = ()) -> int:
+    """Write a native folder of what ``trees`` and ``params`` change, and of the rest as the model has it."""
+    for key, known in (*((key, list(model.map.by_path)) for key in trees),
+                       *((key, [param.path for param in model.map.params]) for key in params)):
+        if key not in known:
+            raise TargetError(f"{key}: no such weight{did_you_mean(key, known)}")
+    whole = {site.path: trees[site.path] if site.path in trees else _as_stored(model, site)
+             for site in model.map.sites}
+    rest = {param.path: params.get(param.path, model.source.read(param.path)) for param in model.map.params}
     with tempfile.TemporaryDirectory() as staged:
-        model.tokenizer.save_pretrained(staged)
-        files = sorted(path for path in Path(staged).iterdir() if path.is_file() and path.name != CONFIG)
-        save_native(folder, whole, rest, config, files)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        copied = sorted(path for path in Path(staged).iterdir() if path.is_file() and path.name != CONFIG)
+        save_native(folder, whole, rest, config, [*copied, *files])
     return sum(path.stat().st_size for path in Path(folder).iterdir())
 
 
@@ -112,16 +126,17 @@ def open_native(folder: Path | str) -> Model:
     if held.config.get("model_type") != MODEL_TYPE or not isinstance(inner, dict):
         raise ModelError(f"{folder / CONFIG}: not the configuration of a native model; export it again")
     family = family_of(str(inner.get("model_type")))
-    flipped = frozenset(path for path in held.trees if family.transposed and family.matrix(path) is not None)
+    flipped = {path: Site(path, "", (tree.shape[0], tree.shape[1]), None, transposed=True)
+               for path, tree in held.trees.items() if family.transposed and family.matrix(path) is not None}
     source = TreeSource(folder, held.trees, held.params, flipped)
-    name, config = held.config.get("name"), _config(folder, inner)
+    name, config = held.config.get("name"), config_of(folder, inner)
     return Model(name if isinstance(name, str) else folder.name, family, config, source,
-                 lambda: _tokenizer(folder, config))
+                 lambda: tokenizer_in(folder, config))
 
 
 def trees_of(model: Model) -> dict[str, Node]:
     """The trees of an opened model's sites: the codes of a GGUF file or of a native folder, not decoded."""
-    return {site.path: _tree(model, site.path, site.transposed) for site in model.map.sites}
+    return {site.path: _tree(model, site) for site in model.map.sites}
 
 
 def formats_of(trees: Mapping[str, Node]) -> dict[str, str]:
@@ -156,26 +171,25 @@ def network_of(model: Model, dtype: torch.dtype = torch.float32) -> Any:
 def _state(model: Model) -> Iterator[tuple[str, Tensor]]:
     for site in model.map.sites:
         values = model.weight(site.path)
-        yield site.path, (values.T if site.transposed else values).contiguous().clone()
+        yield site.path, site.stored(values).contiguous().clone()
     for param in model.map.params:
         yield param.path, model.param(param.path).clone()
 
 
-def _stored(model: Model, path: str, transposed: bool) -> Tensor:
-    values = model.source.read(path)
-    return values.T.contiguous() if transposed else values
-
-
-def _tree(model: Model, path: str, transposed: bool) -> Node:
+def _tree(model: Model, site: Site) -> Node:
     match model.source:
         case TreeSource(trees=trees):
-            return trees[path]
+            return trees[site.path]
         case GgufSource(file=file):
-            node = file.tensor(model.map.family.gguf_name(path))
-            order = model.map.family.row_order(path, model.config)
+            node = file.tensor(model.map.family.gguf_name(site.path))
+            order = model.map.family.row_order(site.path, model.config)
             return node if order is None else node.select(0, torch.tensor(order).argsort())
         case _:
-            return Dense(_stored(model, path, transposed))
+            return _as_stored(model, site)
+
+
+def _as_stored(model: Model | Network, site: Site) -> Dense:
+    return Dense(site.matrix(model.source.read(site.path)).contiguous())
 
 
 def _format(tree: Node) -> str:
@@ -190,7 +204,7 @@ def _format(tree: Node) -> str:
             return "F16"
 
 
-def _config(folder: Path, inner: Mapping[str, Any]) -> Any:
+def config_of(folder: Path, inner: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     fields = {key: value for key, value in inner.items() if key != "model_type"}
@@ -201,7 +215,7 @@ def _config(folder: Path, inner: Mapping[str, Any]) -> Any:
         raise ModelError(f"{folder / CONFIG}: not a valid configuration ({first})") from None
 
 
-def _tokenizer(folder: Path, config: Any) -> Any:
+def tokenizer_in(folder: Path, config: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rarefy.core.errors import ModelError, did_you_mean
 from rarefy.models.families import FAMILIES
@@ -84,7 +84,7 @@ def open_network(folder: Path, name: str) -> Network:
     pooler = any(path.startswith(f"{'' if body else kind.base_model_prefix + '.'}pooler.")
                  for path in source.names())
     module = laid_out(config, kind, name, pooler=pooler)
-    load(module, source, name)
+    fill(module, source, name)
     prepared = tuple(path for path in [folder / "preprocessor_config.json"] if path.is_file())
     if form.takes == "text":
         form = _pooled(folder, form, name)
@@ -130,20 +130,25 @@ def laid_out(config: Any, kind: Any, name: str, *, pooler: bool = True) -> Any:
     return fill_buffers(module).eval().requires_grad_(False)
 
 
-def load(module: nn.Module, source: Source, name: str) -> None:
-    """Put every tensor of ``source`` into a laid out network, in float32; all must be there, and no other."""
-    weights = _weights(module)
+def fill(module: nn.Module, source: Source, name: str) -> None:
+    """Put every tensor of ``source`` into a laid out network, in float32; all must be there, and no other.
+
+    Counters (batches seen, positions) are taken where the source has them.
+    """
+    whole = module.state_dict(keep_vars=True)
     first: dict[int, str] = {}
-    owner = {path: first.setdefault(id(values), path) for path, values in weights.items()}
-    found = set(source.names())
-    for path, own in owner.items():
-        if path != own and path in found:
+    owner = {path: first.setdefault(id(values), path) for path, values in whole.items()}
+    weights = {path for path, values in whole.items() if values.is_floating_point()}
+    found = set(source.names()) - (set(whole) - weights)
+    for path in weights:
+        if path != owner[path] and path in found:
             found.remove(path)
-            check_tie(name, source, path, own, "{alias} and {owner} are one weight, and the file holds two; "
-                      "they belong to different models")
-    shapes = {path: tuple(weights[path].shape) for path, own in owner.items() if path == own}
+            check_tie(name, source, path, owner[path], "{alias} and {owner} are one weight, and the file "
+                      "holds two; they belong to different models")
+    shapes = {path: tuple(whole[path].shape) for path in owner if path == owner[path] and path in weights}
     check_names(name, source, shapes, found)
-    state = {path: source.read(own).float() for path, own in owner.items()}
+    state = {path: source.read(own).float() for path, own in owner.items() if path in weights}
+    state |= {path: source.read(path).clone() for path in set(whole) - weights if path in source.names()}
     module.load_state_dict(state, strict=False, assign=True)
     _share(module, owner)
 
@@ -152,15 +157,9 @@ def _share(module: nn.Module, owner: dict[str, str]) -> None:
     """Assigned one by one, weights that were one object are two: make them one again."""
     for path, own in owner.items():
         if path != own:
-            parent, _, leaf = path.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, module.get_parameter(own))
+            (parent, _, leaf), (place, _, kept) = path.rpartition("."), own.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, getattr(module.get_submodule(place), kept))
     module.requires_grad_(False)
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a file must hold: the state dict without counters."""
-    return {path: values for path, values in module.state_dict(keep_vars=True).items()
-            if values.is_floating_point()}
 
 
 def _canonical(body: str, stored: str) -> str | None:

@@ -184,7 +184,7 @@ class Runner:
                 return self.model.rows(path, index)
             case Node():
                 rows = torch.arange(override.shape[0])[index] if isinstance(index, slice) else index
-                return override.select(0, rows).dense()
+                return override.rows(rows)
             case _:
                 return override[index].float()
 

@@ -121,14 +121,17 @@ def lower(node: Node, module: nn.Module, *, exact: bool = False) -> tuple[nn.Mod
     return holder["it"], how
 
 
-def load(ref: Path | str, *, dtype: torch.dtype = torch.float32, exact: bool = False) -> Any:
-    """The network in a native folder, a ``.gguf`` file or any other model, run by the fastest kernels."""
-    from rarefy.export.native import is_native, network_of, open_native, trees_of
-    from rarefy.models.model import open_model
+def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype = torch.float32,
+         exact: bool = False) -> Any:
+    """The network in a native folder, a ``.gguf`` file or any other model, run by the fastest kernels.
 
-    model = open_native(ref) if is_native(ref) else open_model(ref, dequantize=True)
-    network = network_of(model, dtype).requires_grad_(False)
-    network.lowered = attach(network, trees_of(model), exact=exact)
+    into: as for ``export.networks.opened``.
+    """
+    from rarefy.export.networks import live, opened, stored_trees
+
+    model = opened(ref, into)
+    network = live(model, dtype).requires_grad_(False)
+    network.lowered = attach(network, stored_trees(model), exact=exact)
     return network
 
 

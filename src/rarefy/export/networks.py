@@ -1,0 +1,126 @@
+"""Networks in the native format, and whatever was exported as something that runs.
+
+A native folder of a network that is no language model holds, beside its trees, how it is called and how its
+answer is read (``Form``). One of transformers is laid out again from its configuration. The user's own comes
+back into a module of the same class, which the user passes: code does not travel with weights.
+
+    rarefy.load("OUT")                 an encoder or image network of transformers, weights decoded
+    rarefy.load("OUT", into=MyNet())   the user's own: a copy of that module, with the weights of OUT
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core.errors import ModelError
+from rarefy.core.nodes import Dense, Node
+from rarefy.export.native import (
+    MODEL_TYPE,
+    TreeSource,
+    config_of,
+    is_native,
+    network_of,
+    open_native,
+    tokenizer_in,
+    trees_of,
+    write_native,
+)
+from rarefy.formats.native import CONFIG, Native, load_native
+from rarefy.models.form import Form
+from rarefy.models.model import Model
+from rarefy.models.network import Network, map_network
+from rarefy.models.opening import fill, laid_out, network_class, open_any
+
+INSIDE = "model"  # what a job calls the native folder in its output
+
+
+def export_network(network: Network, trees: Mapping[str, Node], folder: Path | str, *,
+                   params: Mapping[str, Tensor] | None = None) -> int:
+    """Write the native folder of a network and return its bytes; ``trees`` and ``params`` as for models."""
+    config = {"model_type": MODEL_TYPE, "architectures": ["RarefyNetwork"], "name": network.name,
+              "form": asdict(network.form), "class": type(network.module).__name__,
+              "network": None if network.config is None else network.config.to_dict()}
+    tokenizer = network.tokenizer if network.form.takes == "text" else None
+    return write_native(network, trees, params or {}, config, folder, tokenizer, network.files)
+
+
+def opened(ref: Path | str, into: nn.Module | None = None) -> Model | Network:
+    """What a native folder, the folder of a job, a ``.gguf`` file or any other model holds.
+
+    into: a module of the class of which the network in a native folder is, where that is the user's own.
+    """
+    path = Path(ref)
+    found = next((place for place in (path, path / INSIDE) if is_native(place)), None)
+    if found is not None:
+        held = load_native(found)
+        return open_native(found) if "form" not in held.config else _network(found, held, into)
+    inside = sorted(path.glob("*.gguf")) if (path / "receipt.json").is_file() else []
+    return open_any(inside[0] if len(inside) == 1 else ref, dequantize=True)
+
+
+def live(model: Model | Network, dtype: torch.dtype = torch.float32) -> Any:
+    """A torch network of one's own, every weight decoded."""
+    if isinstance(model, Model):
+        return network_of(model, dtype)
+    return copy.deepcopy(model.module).to(dtype).requires_grad_(True)
+
+
+def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A network, ready to run, with the weights that ``ref`` stands for; arguments as for ``opened``."""
+    return live(opened(ref, into), dtype)
+
+
+def stored_trees(model: Model | Network) -> dict[str, Node]:
+    """The trees of the sites of whatever was opened, not decoded."""
+    if isinstance(model, Model):
+        return trees_of(model)
+    match model.source:
+        case TreeSource(trees=trees):
+            return trees
+        case _:
+            return {site.path: Dense(model.weight(site.path)) for site in model.map.sites}
+
+
+def _network(folder: Path, held: Native, into: nn.Module | None) -> Network:
+    name = str(held.config.get("name") or folder.name)
+    form = _form(folder, held.config.get("form"))
+    inner = held.config.get("network")
+    config = config_of(folder, inner) if isinstance(inner, dict) else None
+    module = _laid_out(folder, held, form, config, into)
+    sites, _ = map_network(module)
+    layout = {site.path: site for site in sites.sites if site.transposed or site.kernel}
+    source = TreeSource(folder, held.trees, held.params, layout)
+    fill(module, source, name)
+    prepared = tuple(path for path in held.files if path.name == "preprocessor_config.json")
+    return Network(name, module, source, form, config=config, files=prepared,
+                   tokenizer=partial(tokenizer_in, folder, config) if form.takes == "text" else None)
+
+
+def _laid_out(folder: Path, held: Native, form: Form, config: Any, into: nn.Module | None) -> nn.Module:
+    """The network without its weights: transformers' by its configuration, or a copy of the user's own."""
+    kind = held.config.get("class")
+    if config is None:
+        if into is None:
+            raise ModelError(f"{folder}: holds a {kind}, whose code is not in it; pass a module of that "
+                             f"class, rarefy.load({str(folder)!r}, into={kind}())")
+        return copy.deepcopy(into).float().eval().requires_grad_(False)
+    maker = network_class(config, form.loader)
+    pooler = any("pooler." in path for path in held.trees)
+    module: nn.Module = laid_out(config, maker, str(held.config.get("name")), pooler=pooler)
+    return module
+
+
+def _form(folder: Path, said: Any) -> Form:
+    try:
+        return Form(**{**said, "labels": tuple(said["labels"])})
+    except (TypeError, KeyError):
+        raise ModelError(f"{folder / CONFIG}: does not say how the network is called; export it "
+                         "again") from None
