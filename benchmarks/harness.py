@@ -34,13 +34,10 @@ class Cost:
 
 
 def run_fresh(command: Sequence[str | Path | int], log: Path, threads: int | None = None) -> Cost:
-    """Run a command to its end, its output in ``log``; a failure shows the last lines of it.
-
-    Idle OpenMP threads sleep rather than spin: on a busy machine spinning costs a multiple.
-    """
+    """Run a command to its end, its output in ``log``; a failure shows the last lines of it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [str(word) for word in command]
-    environment = dict(os.environ, OMP_WAIT_POLICY="passive")
+    environment = dict(os.environ)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     with log.open("wb") as out:
