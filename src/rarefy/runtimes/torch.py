@@ -47,12 +47,12 @@ from rarefy.runtimes.modules import (
 )
 
 # Time of a kernel as a share of the dense one's, over 1, 16 and 128 tokens: docs/benchmarks/kernels.md
-INT8, INT4 = 0.25, 0.75
-LOW_RANK = 1.3      # times the share of the multiplications
-SPARSE = 4.0        # times the density
-BLOCK_SPARSE = 2.5
-NARROW = 0.05       # picking inputs and placing outputs
-CONV = 1.5          # times the share of the multiplications, for chains of small convolutions
+INT8, INT4 = 0.35, 0.95
+LOW_RANK = 1.0                      # times the share of the multiplications
+SPARSE, BLOCK_SPARSE = 4.3, 3.6     # times the density
+NARROW = 0.05                       # beside the share: picking inputs and placing outputs
+TWO_CONVS, THREE_CONVS, CP_CONVS = 1.3, 1.4, 2.3  # times the share of the multiplications
+BLOCK = 4                           # side of the tiles; larger ones are slower
 
 AS_IS = "as it is"
 EXPANDED = "expanded once: smaller on disk, not faster"
@@ -230,17 +230,16 @@ def _sparse(node: Node, keep: Tensor) -> _Way:
         return _Way(NARROW, "nothing is kept: zeros", lambda: Narrow(Whole(torch.zeros(0, 0)), rows, columns,
                                                                       keep.shape[0]))
     density = float(inner.float().mean())
-    tile = tile_of(inner)
-    blocks = _square(tile, inner.shape)
-    time, how = (BLOCK_SPARSE, f"blocks of {blocks[0]} x {blocks[1]}, {density:.0%} kept") if blocks else (
-        SPARSE, f"sparse, {density:.0%} kept")
-    time = min(1.0, density * time) if torch.backends.mkl.is_available() else 1.0
+    blocked = all(each % BLOCK == 0 for each in (*tile_of(inner), *inner.shape))
+    how = f"{f'blocks of {BLOCK} x {BLOCK}' if blocked else 'sparse'}, {density:.0%} kept"
+    time = density * (BLOCK_SPARSE if blocked else SPARSE)
+    time = min(1.0, time) if torch.backends.mkl.is_available() else 1.0
 
     def build() -> Matrix:
         values = node.dense()[rows][:, columns].contiguous()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse .* is in beta state")
-            return Sparse(values, blocks) if time < 1 else Whole(values)
+            return Sparse(values, (BLOCK, BLOCK) if blocked else None) if time < 1 else Whole(values)
 
     if inner.shape == keep.shape:
         return _Way(time, how, build)
@@ -248,14 +247,6 @@ def _sparse(node: Node, keep: Tensor) -> _Way:
     narrow = f"{inner.shape[0]} x {inner.shape[1]} of {keep.shape[0]} x {keep.shape[1]}"
     return _Way(NARROW + share * time, f"{narrow}, {how}" if time < 1 else f"dense, {narrow}",
                 lambda: Narrow(build(), rows, columns, keep.shape[0]))
-
-
-def _square(tile: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The largest square tile of 4 to 16 that divides both."""
-    for side in (16, 8, 4):
-        if all(each % side == 0 for each in (*tile, *shape)):
-            return (side, side)
-    return None
 
 
 def _integers(node: Quantized, keep: Tensor | None) -> list[_Way]:
@@ -324,18 +315,18 @@ def _convolutions(node: Node, conv: Any) -> list[_Way]:
     match node:
         case Product(left=left, right=right):
             rank = left.shape[1]
-            return [_Way(CONV * (rank * inputs * window + out * rank) / whole,
+            return [_Way(TWO_CONVS * (rank * inputs * window + out * rank) / whole,
                          f"two convolutions, {rank} channels in between", lambda: _two(left, right, conv))]
         case Tucker(left=left, right=right) if node.window == conv.kernel_size:
             a, b = left.shape[1], right.shape[1]
-            return [_Way(CONV * (inputs * b * stride + a * b * window + out * a) / whole,
+            return [_Way(THREE_CONVS * (inputs * b * stride + a * b * window + out * a) / whole,
                          f"three convolutions, {b} and {a} channels in between", lambda: _three(node, conv))]
         case CP(factors=factors) if len(factors) == 2 + len(conv.kernel_size):
             rank, depth, pixels = factors[0].shape[1], 0, stride
             for size, step in zip(conv.kernel_size, conv.stride, strict=True):
                 pixels //= step
                 depth += pixels * size
-            return [_Way(CONV * rank * (inputs * stride + depth + out) / whole,
+            return [_Way(CP_CONVS * rank * (inputs * stride + depth + out) / whole,
                          f"{len(factors)} convolutions of {rank} channels", lambda: _four(node, conv))]
         case Masked(keep=keep):
             return _narrow_conv(node, keep, conv)
