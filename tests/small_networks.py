@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import BertConfig, BertModel
 
 from rarefy.core.edit import edit
@@ -46,12 +47,12 @@ def residual() -> Residual:
     return network.eval().requires_grad_(False)
 
 
-def bert() -> BertModel:
+def bert(*, pooling: bool = False) -> BertModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                             intermediate_size=64, max_position_embeddings=64)
-        network = BertModel(config, add_pooling_layer=False)
+        network = BertModel(config, add_pooling_layer=pooling)
         for values in network.parameters():
             values.data.add_(torch.randn(values.shape) * 0.1)
     return network.eval().requires_grad_(False)
@@ -79,3 +80,15 @@ def rounded_trees(network: nn.Module, grid: Grid, otherwise: Grid | None = None)
     return {site.path: rounded(site.matrix(state[site.path]).contiguous(),
                                grid if site.shape[1] % (grid.group or 1) == 0 else otherwise or grid)
             for site in sites}
+
+
+def answer_of(network: nn.Module, trees: Mapping[str, Node], inputs: Mapping[str, Tensor]) -> Tensor:
+    out = functional_call(network, {path: tree.dense() for path, tree in trees.items()}, (), inputs)
+    return next(iter(out.values()))
+
+
+def block_trees(network: nn.Module, grid: Grid, down: Grid | None = None) -> dict[str, Node]:
+    """The linear layers of the blocks on ``grid``; those that lead out of the MLP on ``down``."""
+    state = network.state_dict()
+    return {site.path: rounded(state[site.path], down if down and "down_proj" in site.path else grid)
+            for site in map_network(network)[0].sites if site.block is not None}
