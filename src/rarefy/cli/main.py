@@ -24,6 +24,7 @@ from rarefy.cli.plan import plan
 from rarefy.cli.recipe import run
 from rarefy.cli.techniques import techniques
 from rarefy.cli.terminal import EXIT_CODES, quiet_others, set_debug
+from rarefy.cli.training import distill, finetune
 
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES) + "."
 
@@ -51,7 +52,7 @@ def start(
     quiet_others()
 
 
-for command in (inspect, plan, compress, run, evaluate, export, chat, techniques):
+for command in (inspect, plan, compress, finetune, distill, run, evaluate, export, chat, techniques):
     app.command()(command)
 
 

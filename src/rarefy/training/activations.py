@@ -123,3 +123,6 @@ class Rounded(Task):
     def update(self, step: int, total: int) -> None:
         self.activations.steps.fill_(step)
         self.task.update(step, total)
+
+    def settled(self) -> bool:
+        return int(self.activations.steps) >= self.activations.delay and self.task.settled()

@@ -79,6 +79,10 @@ class Task(nn.Module):
     def update(self, step: int, total: int) -> None:
         """Called after step ``step`` of ``total``: what follows a schedule moves here."""
 
+    def settled(self) -> bool:
+        """Whether the state of the moment may be what remains: not while masks still grow."""
+        return True
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -306,6 +310,8 @@ class _Run:
         self.task.eval()
         with arithmetic(self.settings, self.accelerator.device):
             judged = self.gate()
+        if not self.task.settled():
+            return judged
         if not judged >= self.best:  # also when there is none yet
             self.best, self.best_step, self.kept = judged, self.step, self._state()
         elif self.settings.patience and self.step - self.best_step >= self.settings.patience * self.every:

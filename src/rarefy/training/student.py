@@ -108,6 +108,10 @@ class Student(nn.Module):
         for path in self.sites:
             self.soft(path).update(step, total)
 
+    def settled(self) -> bool:
+        """Whether every weight is what its technique was asked for."""
+        return all(self.soft(path).settled() for path in self.sites)
+
     def train(self, mode: bool = True) -> Student:
         """The network's own dropout only if it was asked for; batch statistics always."""
         super().train(mode)
@@ -166,6 +170,9 @@ class Learning(Task):
 
     def update(self, step: int, total: int) -> None:
         self.student.update(step, total)
+
+    def settled(self) -> bool:
+        return self.student.settled()
 
 
 def _key(path: str) -> str:

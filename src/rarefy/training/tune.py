@@ -48,13 +48,15 @@ class Tuning:
     """What moves and what does not.
 
     moves: any of MOVES. technique: of scope "training", for the leaves that it edits. where: globs over the
-    paths of sites that train; the others stand still. evidence: by site, for techniques that ask for it.
-    dropout: whether the network's own is on.
+    paths of sites that train; the others stand still. whole: globs over paths that train as they are,
+    whatever else moves (a new head). evidence: by site, for techniques that ask for it. dropout: whether the
+    network's own is on.
     """
 
     moves: frozenset[str] = frozenset({"everything"})
     technique: Trainer | None = None
     where: tuple[str, ...] = ("*",)
+    whole: tuple[str, ...] = ()
     evidence: Mapping[str, Evidence] | None = None
     dropout: bool = False
 
@@ -69,8 +71,14 @@ class Tuning:
         """The movers of leaves."""
         return frozenset(MOVERS) if "everything" in self.moves else self.moves & set(MOVERS)
 
+    def entirely(self, path: str) -> bool:
+        """Whether what lies there trains as it is."""
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.whole)
+
     def beside(self, path: str, values: Tensor) -> bool:
         """Whether a tensor that is no site moves."""
+        if self.entirely(path):
+            return values.is_floating_point()
         if not values.is_floating_point() or "everything" in self.moves or "params" in self.moves:
             return values.is_floating_point()
         return ("biases" if path.endswith("bias") else "norms") in self.moves and values.ndim < 2
@@ -122,18 +130,22 @@ def _soft(network: Trainable, site: Site, tree: Node | None, tuning: Tuning, tra
     """The weight of a site in training; None: the original stands there and stays."""
     if isinstance(tree, Shared):  # follows its owner, to which the network's modules point
         return None
-    if tree is None and not (trains and _dense_moves(tuning)):
+    entirely = tuning.entirely(site.path)
+    if tree is None and not entirely and not (trains and _dense_moves(tuning)):
         return None
     original = network.weight(site.path)
     evidence = None if tuning.evidence is None else tuning.evidence.get(site.path)
     leaf = Leaf(site.path, Dense(original) if tree is None else tree, original, None, evidence, site.kernel)
+    if entirely:
+        return soften(leaf, frozenset(MOVERS), still=True)
     if not trains:
         return soften(leaf, frozenset(), still=True)
     return soften(leaf, tuning.leaves, tuning.technique, generator, still=True)
 
 
 def _dense_moves(tuning: Tuning) -> bool:
-    return "weights" in tuning.leaves or (tuning.technique is not None and Dense in tuning.technique.edits)
+    edits = () if tuning.technique is None else tuning.technique.edits
+    return "weights" in tuning.leaves or any(issubclass(Dense, kind) for kind in edits)
 
 
 def _chosen(sites: Sequence[Site], patterns: Sequence[str]) -> set[str]:

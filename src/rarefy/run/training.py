@@ -1,0 +1,347 @@
+"""Training jobs: fine-tuning on labelled data or text, and distillation into a smaller network.
+
+    open -> data -> (student) -> tune -> folder, adapter, receipt -> final name
+
+What comes out is an ordinary folder of transformers, merged in float32, so that ``rarefy compress`` goes on
+from there; an adapter lies beside it in PEFT's format. Staged and resumed like every other job.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rarefy
+from rarefy.calibration.examples import read_examples
+from rarefy.calibration.samples import SELF, materialize, sample_windows
+from rarefy.calibration.text import split_windows, windows
+from rarefy.core.edit import edit
+from rarefy.core.errors import DataError, RecipeError, did_you_mean
+from rarefy.core.nodes import Dense, Node, Sum
+from rarefy.core.signals import Objective
+from rarefy.core.tune import Trainer
+from rarefy.export.native import is_native, open_native, trees_of
+from rarefy.export.peft import adapter_of, export_adapter
+from rarefy.models.map import Site
+from rarefy.models.model import Model
+from rarefy.models.network import Network
+from rarefy.models.opening import open_any
+from rarefy.run.journal import Journal, written
+from rarefy.run.planning import objectives
+from rarefy.run.progress import Progress, Silent
+from rarefy.techniques.adapt.loftq import LoftQ
+from rarefy.techniques.adapt.lora import LoRA
+from rarefy.techniques.distill.hard_labels import HardLabels
+from rarefy.training.examples import LABELS, Answered, Rows
+from rarefy.training.heads import with_head
+from rarefy.training.loop import Settings
+from rarefy.training.signals import Distillation, inputs_of
+from rarefy.training.students import every_second, shallower
+from rarefy.training.teacher import answered
+from rarefy.training.tune import Tuned, Tuning, tune
+
+ADAPTERS = ("none", "lora", "loftq")
+LENGTH = 256  # tokens of a window
+HELD = 0.1  # share of the data that judges, where the user names no other
+MOST = 4096  # windows of text
+OUTSIDE = frozenset({"embed", "positions", "token_types", "head", "pooler"})  # roles that get no adapter
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train on what, and where to put it.
+
+    model: the network that is trained, or the teacher. data: a table with labels, or texts; ``self``: what
+    the teacher writes. eval_data: what judges (empty: a tenth of the data). student: half, numbers of blocks
+    (0,2,4), or a model of the user's own; empty: fine-tuning. objectives: losses with their weights.
+    adapter: none trains everything. rank, alpha: of adapters.
+    """
+
+    model: str
+    out: Path
+    data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    student: str = ""
+    objectives: tuple[tuple[float, str], ...] = ()
+    adapter: str = "none"
+    rank: int = 8
+    alpha: float = 16.0
+    settings: Settings = field(default_factory=Settings)
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A finished job: the folder and its receipt."""
+
+    out: Path
+    receipt: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    train: Rows
+    held: Rows
+    labels: tuple[str, ...] = ()
+
+
+def train(job: Training, progress: Progress | None = None) -> Trained:
+    """Do the job. Raises a RarefyError; then nothing stands under the final name."""
+    progress = progress or Silent()
+    if job.adapter not in ADAPTERS:
+        raise RecipeError(f"adapter {job.adapter!r}: choose one of {', '.join(ADAPTERS)}"
+                          f"{did_you_mean(job.adapter, list(ADAPTERS))}")
+    journal = Journal(job.out, overwrite=job.overwrite)
+    with written(job.out):
+        with progress.stage("open"):
+            network = _opened(job.model)
+        with journal.opened({"training": {**asdict(job), "out": ""}, "rarefy": rarefy.__version__}):
+            receipt = _work(job, network, journal, progress)
+            (journal.partial / "receipt.json").write_text(json.dumps(_finite(receipt), indent=1))
+            return Trained(journal.publish(accepted=True), receipt)
+
+
+def _work(job: Training, network: Model | Network, journal: Journal, progress: Progress) -> dict[str, Any]:
+    """Data, student, training, output; the receipt."""
+    fresh: tuple[str, ...] = ()
+    with progress.stage("data"):
+        data = _data(job, network)
+        if data.labels and isinstance(network, Network) and network.form.gives == "embedding":
+            network, fresh = with_head(network, data.labels, job.settings.seed)
+        _check_labels(network, data)
+    distils = bool(job.student)
+    student = _student(job, network) if distils else network
+    terms = _terms(job, student, data) if distils else ((1.0, HardLabels()),)
+    tuning, trees = _tuning(job, student, fresh)
+    examples, held, objective = _lesson(student, network if distils else None, terms, data, journal, progress)
+    before = _score(student, data.held, trees, {})
+    with progress.stage("train") as stage:
+        tuned = tune(student, trees, tuning, objective, examples, job.settings, held=held,
+                     folder=journal.work / "training", advance=stage.advance)
+    with progress.stage("write"):
+        _write(job, student, tuned, trees, fresh, journal.partial)
+    return {"rarefy": rarefy.__version__, "model": job.model, "student": student.name,
+            "parameters": student.parameters, "settings": asdict(job.settings), "adapter": job.adapter,
+            "objectives": [[weight, repr(term)] for weight, term in terms],
+            "examples": len(data.train), "held": len(data.held), "curve": tuned.curve.as_dict(),
+            "before": before, "after": _score(student, data.held, tuned.trees, tuned.params)}
+
+
+def _opened(ref: str) -> Model | Network:
+    return open_native(ref) if is_native(ref) else open_any(ref, dequantize=True)
+
+
+# ---- data ----------------------------------------------------------------------------------------------
+
+
+def _data(job: Training, network: Model | Network) -> _Data:
+    """Rows to train on and rows to judge on."""
+    if isinstance(network, Model):
+        return _windows(job, network)
+    if len(job.data) != 1 or len(job.eval_data) > 1:
+        raise DataError("pass one table of sentences (and labels) to train on, and at most one to judge on")
+    parts = [_rows(network, ref) for ref in (*job.data, *job.eval_data)]
+    train, aside = (parts[0], parts[1]) if job.eval_data else parts[0].split(HELD, job.settings.seed)
+    labels: tuple[str, ...] = network.form.labels
+    if LABELS in parts[0].tensors and network.form.gives == "embedding":
+        labels = tuple(str(k) for k in range(int(parts[0].tensors[LABELS].max()) + 1))
+    return _Data(train, aside, labels if LABELS in train.tensors else ())
+
+
+def _rows(network: Network, ref: str) -> Rows:
+    found = read_examples(network, ref)
+    return Rows({**found.inputs, **({} if found.labels is None else {LABELS: found.labels})})
+
+
+def _windows(job: Training, model: Model) -> _Data:
+    """Windows of text, or of what the teacher writes; the label of a token is the one that follows."""
+    length = min(LENGTH + 1, getattr(model.config, "max_position_embeddings", LENGTH + 1))
+    if job.data in ((), (SELF,)):
+        if not job.student:
+            raise DataError("fine-tuning needs --data: text to learn from")
+        count = max(8, min(MOST, (job.settings.steps or 64) * job.settings.batch))
+        tokens = sample_windows(model, count=count, length=length, seed=job.settings.seed)
+    else:
+        tokens = windows(job.data, model.tokenizer, length=length, count=MOST, seed=job.settings.seed,
+                         minimum=4)
+    if job.eval_data:
+        held = windows(job.eval_data, model.tokenizer, length=length, count=64, seed=1, minimum=1)
+    else:
+        tokens, held = split_windows(tokens, max(1, min(64, len(tokens) // 10)), seed=job.settings.seed)
+    parts = [Rows({"input_ids": each[:, :-1].contiguous(), LABELS: each[:, 1:].contiguous()})
+             for each in (tokens, held)]
+    return _Data(parts[0], parts[1])
+
+
+def _check_labels(network: Model | Network, data: _Data) -> None:
+    if isinstance(network, Model) or LABELS not in data.train.tensors:
+        return
+    found, classes = data.train.tensors[LABELS].unique(), len(network.form.labels)
+    if len(found) < 2:
+        raise DataError(f"all labels are {int(found[0])}; a classifier needs examples of two classes")
+    if network.form.gives == "classes" and classes and int(found.max()) >= classes:
+        raise DataError(f"label {int(found.max())} is outside the model's {classes} classes "
+                        f"({', '.join(network.form.labels[:8])}); correct the data, or start from an encoder "
+                        "without a head")
+
+
+# ---- what is trained -----------------------------------------------------------------------------------
+
+
+def _student(job: Training, teacher: Model | Network) -> Model | Network:
+    """The smaller network that ``job.student`` names."""
+    if job.student == "half":
+        return shallower(teacher, every_second(teacher.map.blocks))
+    if all(part.strip().isdigit() for part in job.student.split(",")):
+        return shallower(teacher, tuple(int(part) for part in job.student.split(",")))
+    student = _opened(job.student)
+    if isinstance(student, Model) != isinstance(teacher, Model):
+        raise RecipeError(f"{student.name} and {teacher.name} are of different kinds; one must be able to do "
+                          "what the other does")
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise RecipeError(f"{student.name} and {teacher.name} have different vocabularies; choose a student "
+                          "with the teacher's tokenizer")
+    return student
+
+
+def _terms(job: Training, student: Model | Network, data: _Data) -> tuple[tuple[float, Objective], ...]:
+    """The losses of the job; by default what suits the network."""
+    known = objectives()
+    chosen = job.objectives
+    if not chosen and isinstance(student, Model):
+        chosen = ((1.0, "forward_kl"),)
+    elif not chosen and isinstance(student, Network):
+        chosen = ((1.0, "triple" if student.form.gives == "classes" else "cosine"),)
+    wrong = [name for _, name in chosen if name not in known]
+    if wrong:
+        raise RecipeError(f"objective {wrong[0]!r} does not exist{did_you_mean(wrong[0], list(known))}; "
+                          f"choose of {', '.join(known)}")
+    rows = isinstance(student, Network) and student.form.gives == "embedding"
+    found = tuple((weight, known[name](of="rows") if rows and name == "cosine" else known[name]())
+                  for weight, name in chosen)
+    if any("samples" in term.needs for _, term in found) and job.data not in ((), (SELF,)):
+        raise RecipeError("sequence learns from what the teacher writes; leave --data out")
+    if any("labels" in term.needs for _, term in found) and LABELS not in data.train.tensors:
+        raise DataError("this objective needs labels and the data has none; use soft_labels")
+    return found
+
+
+def _tuning(job: Training, student: Model | Network, fresh: tuple[str, ...]
+            ) -> tuple[Tuning, dict[str, Node]]:
+    """What moves, and the trees that it starts from."""
+    trees = trees_of(student) if isinstance(student, Model) and job.adapter != "none" else {}
+    dropout = not job.student
+    if job.adapter == "none":
+        return Tuning(dropout=dropout), trees
+    sites = [site for site in student.map.sites if site.role not in OUTSIDE and site.block is not None]
+    if not sites:
+        raise RecipeError(f"{student.name}: has no blocks to put adapters into; use --adapter none")
+    if job.adapter == "loftq":
+        trees |= {site.path: _loftq(student, site, job) for site in sites}
+    heads = tuple(site.path.rpartition(".")[0] + ".*" for site in student.map.sites
+                  if site.role == "head" and isinstance(student, Network))
+    technique: Trainer = LoRA(job.rank, job.alpha)
+    return Tuning(frozenset(), technique, tuple(site.path for site in sites), (*fresh, *heads),
+                  dropout=dropout), trees
+
+
+def _loftq(student: Model | Network, site: Site, job: Training) -> Node:
+    weight = student.weight(site.path)
+    tree, _ = edit(site.path, Dense(weight), weight, LoftQ(job.rank), "loftq", None,
+                   torch.Generator().manual_seed(job.settings.seed), site.kernel)
+    return tree
+
+
+def _lesson(student: Model | Network, teacher: Model | Network | None,
+            terms: tuple[tuple[float, Objective], ...], data: _Data, journal: Journal, progress: Progress
+            ) -> tuple[Rows | Answered, Rows | Answered, Distillation]:
+    """Examples with the teacher's answers, where those are all that is needed of it."""
+    needs = frozenset().union(*(term.needs for _, term in terms))
+    if teacher is None or needs <= {"labels", "samples"}:
+        return data.train, data.held, Distillation(student, None, terms)
+    classes = min(len(teacher.tokenizer), teacher.map.head.shape[0]) if isinstance(teacher, Model) else None
+    if not needs <= {"logits", "labels"} or any(getattr(t, "temperature", 1) != 1 for _, t in terms):
+        return data.train, data.held, Distillation(student, teacher, terms, classes=classes)
+    with progress.stage("ask the teacher") as stage:
+        parts = [answered(teacher, rows, journal.work, classes=classes, advance=stage.advance)
+                 for rows in (data.train, data.held)]
+    return parts[0], parts[1], Distillation(student, None, terms, classes=classes)
+
+
+# ---- what comes out ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _score(network: Model | Network, held: Rows, trees: Mapping[str, Node], params: Mapping[str, Tensor]
+           ) -> dict[str, float]:
+    """Accuracy on what was held out, for classifiers with labels."""
+    if isinstance(network, Model) or LABELS not in held.tensors or network.form.gives != "classes":
+        return {}
+    tensors = network.tensors(trees.get) | dict(params)
+    right = 0
+    for index in torch.arange(len(held)).split(64):
+        batch = held.batch(index)
+        right += int((network.run(inputs_of(batch), tensors).argmax(1) == batch[LABELS]).sum())
+    return {"accuracy": right / len(held)}
+
+
+def _write(job: Training, student: Model | Network, tuned: Tuned, start: Mapping[str, Node],
+           fresh: tuple[str, ...], folder: Path) -> None:
+    """The merged network, and the adapter for itself."""
+    module: Any = materialize(student, torch.float32) if isinstance(student, Model) else student.module
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    for path, tree in tuned.trees.items():
+        state[path] = student.map.by_path[path].stored(tree.dense()).contiguous()
+    state |= {path: value.contiguous() for path, value in tuned.params.items()}
+    if not hasattr(module, "save_pretrained"):
+        raise RecipeError(f"{student.name}: only transformers' networks are written as a folder; use "
+                          "rarefy.training.tune in Python")
+    module.save_pretrained(folder, state_dict=_once(module, state))
+    if isinstance(student, Model) or student.form.takes == "text":
+        student.tokenizer.save_pretrained(folder)
+    if job.adapter != "none":
+        whole = {path: state[path] for path in state if _new(path, fresh, student)}
+        task = "CAUSAL_LM" if isinstance(student, Model) else "SEQ_CLS"
+        adapters = {path: tree for path, tree in tuned.trees.items() if adapter_of(tree) is not None}
+        export_adapter(adapters, student.map, folder / "adapter", base=job.model, task=task, saved=whole)
+    if start:  # what the adapter belongs to is not the original
+        for path, tree in tuned.trees.items():
+            if isinstance(tree, Sum) and adapter_of(tree) is not None:
+                base = Sum(tree.terms[:-1]).dense()
+                state[path] = student.map.by_path[path].stored(base).contiguous()
+        module.save_pretrained(folder / "base", state_dict=_once(module, state))
+        student.tokenizer.save_pretrained(folder / "base")
+
+
+def _new(path: str, fresh: tuple[str, ...], student: Model | Network) -> bool:
+    heads = {site.path.rpartition(".")[0] for site in student.map.sites if site.role == "head"}
+    return isinstance(student, Network) and (path in fresh or path.rpartition(".")[0] in heads)
+
+
+def _once(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with shared weights as their first name has them; a copy, which transformers empties."""
+    state, first = dict(state), dict[int, str]()
+    for name, values in module.state_dict(keep_vars=True).items():
+        owner = first.setdefault(id(values), name)
+        if owner != name:
+            state[name] = state[owner]
+    return state
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case _:
+            return value

@@ -1,0 +1,118 @@
+"""Fine-tuning and distillation as jobs: what comes out is an ordinary folder that opens again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rarefy.calibration.examples import read_examples
+from rarefy.core.errors import DataError, RarefyError, RecipeError
+from rarefy.models.model import Model
+from rarefy.models.network import Network
+from rarefy.models.opening import open_any
+from rarefy.run.training import Training, train
+from rarefy.training.loop import Settings
+
+SETTINGS = Settings(epochs=2, batch=32, rate=3e-3, precision="float32")
+# PEFT asks transformers for an attribute under its old name
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def bare(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder without its head."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("bare")
+    AutoModel.from_pretrained(tiny_encoder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    return folder
+
+
+def another_task(source: Path, table: Path) -> Path:
+    """Not what the encoder was trained on: whether the sentence negates anything."""
+    rows = [line.split("\t")[0] for line in source.read_text().splitlines()[1:]]
+    table.write_text("sentence\tlabel\n" + "".join(f"{row}\t{int('not' in row.split())}\n" for row in rows))
+    return table
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("adapter", ["none", "lora", "loftq"])
+def test_an_encoder_learns_a_task(adapter: str, bare: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    tables = [another_task(tiny_encoder / name, tmp_path / name) for name in ("train.tsv", "dev.tsv")]
+    done = train(Training(str(bare), tmp_path / "out", (str(tables[0]),), (str(tables[1]),), adapter=adapter,
+                          settings=SETTINGS))
+    assert done.receipt["after"]["accuracy"] > max(0.8, done.receipt["before"]["accuracy"])
+    assert json.loads((done.out / "receipt.json").read_text())["adapter"] == adapter
+    network = open_any(done.out)
+    assert isinstance(network, Network) and network.form.gives == "classes"
+    held = read_examples(network, str(tables[1]))
+    answers = network.run(held.inputs)
+    assert float((answers.argmax(1) == held.labels).float().mean()) == done.receipt["after"]["accuracy"]
+    if adapter != "none":
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        start = done.out / "base" if adapter == "loftq" else bare
+        base = AutoModelForSequenceClassification.from_pretrained(start, num_labels=2)
+        with torch.no_grad():
+            again = PeftModel.from_pretrained(base, done.out / "adapter").eval()(**held.inputs).logits
+        torch.testing.assert_close(again, answers, rtol=1e-3, atol=1e-3)
+
+
+def test_half_the_blocks_keep_the_task(tiny_encoder: Path, tmp_path: Path) -> None:
+    job = Training(str(tiny_encoder), tmp_path / "out", (str(tiny_encoder / "train.tsv"),),
+                   (str(tiny_encoder / "dev.tsv"),), "half", settings=SETTINGS)
+    done = train(job)
+    student = open_any(done.out)
+    assert isinstance(student, Network) and student.map.blocks == 1
+    assert done.receipt["after"]["accuracy"] > 0.9
+    kept = Training(str(tiny_encoder), tmp_path / "kept", (str(tiny_encoder / "train.tsv"),), (), "0",
+                    ((1.0, "forward_kl"), (0.5, "hard_labels")), settings=SETTINGS)
+    assert train(kept).receipt["after"]["accuracy"] > 0.9
+
+
+def test_a_language_model_without_data(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=6, batch=8, rate=1e-3, precision="float32")
+    done = train(Training(str(tiny_llama), tmp_path / "out", (), (), "0,2", settings=settings))
+    student = open_any(done.out)
+    assert isinstance(student, Model) and student.map.blocks == 2
+    points = done.receipt["curve"]["points"]
+    assert points[-1]["loss"] < points[0]["loss"]
+
+
+def test_a_language_model_with_an_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"The number {k} follows the number {k - 1} as it did." for k in range(900)))
+    settings = Settings(steps=6, batch=4, rate=3e-3, precision="float32")
+    done = train(Training(str(tiny_llama), tmp_path / "out", (str(text),), adapter="lora", rank=4,
+                          settings=settings))
+    assert done.receipt["curve"]["best"] < done.receipt["curve"]["points"][0]["loss"]
+    assert (done.out / "adapter" / "adapter_model.safetensors").is_file()
+    assert isinstance(open_any(done.out), Model)
+
+
+def test_bad_input_is_named(tiny_encoder: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    def refused(match: str, kind: type[RarefyError], data: str, **more: object) -> None:
+        table = tmp_path / "table.tsv"
+        table.write_text(data)
+        with pytest.raises(kind, match=match):
+            train(Training(str(tiny_encoder), tmp_path / "out", (str(table),), settings=SETTINGS,
+                           **more))  # type: ignore[arg-type]
+        assert not (tmp_path / "out").exists()
+
+    rows = [f"the film is {k}" for k in range(20)]
+    one = "sentence\tlabel\n" + "".join(f"{row}\t1\n" for row in rows)
+    refused("at least two|of two classes", DataError, one)
+    far = "sentence\tlabel\n" + "".join(f"{row}\t{k}\n" for k, row in enumerate(rows))
+    refused("outside the model's 2 classes", DataError, far)
+    plain = "sentence\n" + "".join(f"{row}\n" for row in rows)
+    refused("no labels", DataError, plain)
+    refused("adapter 'lorra'.*did you mean 'lora'", RecipeError, one, adapter="lorra")
+    good = "sentence\tlabel\n" + "".join(f"{row}\t{k % 2}\n" for k, row in enumerate(rows))
+    refused("does not exist; did you mean 'soft_labels'", RecipeError, good, student="half",
+            objectives=((1.0, "soft_label"),))
+    refused("different kinds", RecipeError, good, student=str(tiny_llama))
