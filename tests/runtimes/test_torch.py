@@ -57,7 +57,8 @@ def gone(rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
 
 UNSIGNED = Grid("unsigned", tuple(float(v) for v in range(16)), 32, Stored(), Stored())
 TERNARY = Grid("ternary", (-1.0, 0.0, 1.0), 0)
-SIX = torch.arange(0, OUT, 2)
+EVEN = torch.arange(0, OUT, 2)
+DIAGONAL = (torch.arange(OUT) // 16)[:, None] == torch.arange(IN) // 16 % 6
 LINEAR: dict[str, tuple[Node, float, str]] = {
     "dense": (dense(OUT, IN), EXACT, AS_IS),
     "half": (Dense(normal(OUT, IN).half()), EXACT, AS_IS),
@@ -82,11 +83,11 @@ LINEAR: dict[str, tuple[Node, float, str]] = {
     "half kept": (Masked(mask(0.5), dense(OUT, IN)), EXACT, EXPANDED),
     "few kept": (Masked(mask(0.08), dense(OUT, IN)), EXACT, "sparse, 8% kept"),
     "tiles": (Masked(mask(0.2, 4, 8), dense(OUT, IN)), EXACT, "blocks of 4 x 4, 24% kept"),
-    "large tiles": (Masked(mask(0.12, 16, 16), dense(OUT, IN)), EXACT, "blocks of 4 x 4"),
-    "rows": (Masked(gone(rows=SIX), dense(OUT, IN)), EXACT, "dense, 48 x 128 of 96 x 128"),
-    "columns": (Masked(gone(columns=SIX), dense(OUT, IN)), EXACT, "dense, 96 x 80 of 96 x 128"),
-    "both": (Masked(gone(SIX, SIX), dense(OUT, IN)), EXACT, "dense, 48 x 80 of 96 x 128"),
-    "both, few": (Masked(gone(SIX, SIX) & mask(0.08), dense(OUT, IN)), EXACT, "48 x 80 of 96 x 128, sparse"),
+    "large tiles": (Masked(DIAGONAL, dense(OUT, IN)), EXACT, "blocks of 4 x 4, 17% kept"),
+    "rows": (Masked(gone(rows=EVEN), dense(OUT, IN)), EXACT, "dense, 48 x 128 of 96 x 128"),
+    "columns": (Masked(gone(columns=EVEN), dense(OUT, IN)), EXACT, "dense, 96 x 80 of 96 x 128"),
+    "both": (Masked(gone(EVEN, EVEN), dense(OUT, IN)), EXACT, "dense, 48 x 80 of 96 x 128"),
+    "both, few": (Masked(gone(EVEN, EVEN) & mask(0.08), dense(OUT, IN)), EXACT, "48 x 80 of 96 x 128, sparse"),
     "nothing": (Masked(torch.zeros(OUT, IN, dtype=torch.bool), dense(OUT, IN)), 0, "nothing is kept: zeros"),
     "sum": (Sum((rounded(integer_grid(8, 0)), Product(dense(OUT, 4), dense(4, IN)))), INT8, "int8"),
     "sum of wholes": (Sum((dense(OUT, IN), rounded(integer_grid(8, 32)))), EXACT, EXPANDED),
