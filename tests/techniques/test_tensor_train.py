@@ -74,6 +74,7 @@ def test_rows_are_looked_up_as_they_are_in_the_matrix(out: int, columns: int, ra
     tree, _ = run(TensorTrain(rank=rank, cores=cores), weight)
     index = torch.randint(0, out, (17,), generator=generator)
     torch.testing.assert_close(tree.rows(index), tree.dense()[index], rtol=1e-4, atol=1e-5)
+    assert tree.rows(index[:0]).shape == (0, columns)
 
 
 def test_looking_up_never_rebuilds_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

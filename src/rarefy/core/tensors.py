@@ -156,16 +156,21 @@ class TensorTrain(Node):
         return _chain([self._core(k) for k in range(len(self.cores))])[0, :, :, 0]
 
     def rows(self, index: Tensor) -> Tensor:
-        """Rows by their digits: one small product per digit, never the matrix."""
-        digits, rest = [], index
-        for base in reversed(self.row_digits):
-            digits.append(rest % base)
-            rest = rest // base
-        out = torch.ones(index.numel(), 1, 1, device=index.device)
-        for k, digit in enumerate(reversed(digits)):
-            slices = self._core(k).permute(1, 0, 2, 3)[digit]  # [tokens, rank, columns, next]
-            out = torch.einsum("tcr,trns->tcns", out, slices).flatten(1, 2)
-        return out[:, :, 0]
+        """Rows by their digits: every distinct prefix is multiplied out once, never the matrix."""
+        out = torch.ones(1, 1, 1, device=index.device)  # [prefixes, columns so far, rank]
+        known = torch.zeros(1, dtype=torch.int64, device=index.device)
+        place = torch.zeros_like(index)
+        for k, base in enumerate(self.row_digits):
+            prefixes, place = torch.unique(index // prod(self.row_digits[k + 1:]), return_inverse=True)
+            out = out[torch.searchsorted(known, prefixes // base)]
+            # prefixes that end in the same digit meet the same slice of the core: one product for all
+            order = (prefixes % base).argsort(stable=True)
+            counts = torch.bincount(prefixes % base, minlength=base).tolist()
+            core = self._core(k)
+            pieces = [torch.einsum("pcr,rns->pcns", piece, core[:, digit]).flatten(1, 2)
+                      for digit, piece in enumerate(torch.split(out[order], counts))]
+            out, known = torch.cat(pieces)[order.argsort()], prefixes
+        return out[place, :, 0]
 
     def bits(self) -> int:
         return sum(core.bits() for core in self.cores)

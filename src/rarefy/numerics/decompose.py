@@ -75,6 +75,16 @@ class Spectrum:
             right = torch.linalg.solve_triangular(self.factor, right, upper=False, left=False)
         return _balanced(left, right)
 
+    def split(self, rank: int) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in_"]]:
+        """The same without weights: U_r in float64, orthonormal columns, and ``U_r^T W`` in float32."""
+        assert self.rows is None and self.factor is None
+        basis = self.basis[:, :rank]
+        if _wide(self.weight):
+            return basis, times(self.weight.T, basis, torch.float32).T
+        left = times(self.weight, basis)
+        norms = left.norm(dim=0)
+        return left / torch.where(norms > 0, norms, 1.0), (basis * norms).T.float()
+
     def weighed(self, importance: Float[Tensor, " out"]) -> Float[Tensor, " side"]:
         """What each component adds to ``sum_i importance_i |(W C)_i|^2``. For spectra without row weights."""
         assert self.rows is None
@@ -91,14 +101,10 @@ def spectrum(weight: Float[Tensor, "out in_"], rows: Float[Tensor, " out"] | Non
     """Singular values and smaller basis of ``diag(rows) weight factor``, from its Gram in float64."""
     rows = None if rows is None else rows.double()
     if _wide(weight):
-        matrix = weight.double() if factor is None else weight.double() @ factor
-        matrix = matrix if rows is None else matrix * rows[:, None]
-        gram = matrix @ matrix.T
+        gram = _gram((weight if factor is None else times(weight, factor)).T, None)
+        gram = gram if rows is None else rows[:, None] * gram * rows
     else:
-        gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
-        for part in _chunks(weight):
-            scaled = weight[part].double() if rows is None else weight[part].double() * rows[part, None]
-            gram.addmm_(scaled.T, scaled)
+        gram = _gram(weight, rows)
         gram = gram if factor is None else factor.T @ gram @ factor
     values, vectors = torch.linalg.eigh(gram)
     return Spectrum(weight, rows, factor, values.flip(0).clamp_min(0), vectors.flip(1).contiguous())
@@ -114,15 +120,25 @@ def refit(weight: Float[Tensor, "out in_"], right: Float[Tensor, "rank in_"],
 
 def left_vectors(weight: Float[Tensor, "out in_"]) -> Float[Tensor, "out side"]:
     """The left singular vectors, by falling singular value; zero where that is zero."""
-    left, _ = spectrum(weight).cut(min(weight.shape))
-    norms = left.norm(dim=0)
-    return left / torch.where(norms > 0, norms, 1.0)
+    return spectrum(weight).split(min(weight.shape))[0]
 
 
-def times(weight: Float[Tensor, "rows columns"],
-          matrix: Float[Tensor, "columns n"]) -> Float[Tensor, "rows n"]:
-    """``weight @ matrix`` in float64, without a float64 copy of a large weight."""
-    return torch.cat([weight[part].double() @ matrix for part in _chunks(weight)])
+def times(weight: Float[Tensor, "rows columns"], matrix: Float[Tensor, "columns n"],
+          dtype: torch.dtype = torch.float64) -> Float[Tensor, "rows n"]:
+    """``weight @ matrix`` computed in float64, without a float64 copy of a large weight."""
+    result = torch.empty(weight.shape[0], matrix.shape[1], dtype=dtype)
+    for part in _chunks(weight):
+        result[part] = (weight[part].double() @ matrix).to(dtype)
+    return result
+
+
+def _gram(matrix: Float[Tensor, "n side"], rows: Float[Tensor, " n"] | None) -> Float[Tensor, "side side"]:
+    """``matrix^T diag(rows)^2 matrix`` in float64."""
+    total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)
+    for part in _chunks(matrix):
+        scaled = matrix[part].double() if rows is None else matrix[part].double() * rows[part, None]
+        total.addmm_(scaled.T, scaled)
+    return total
 
 
 def _wide(weight: Tensor) -> bool:
@@ -297,10 +313,9 @@ def train(tensor: Float[Tensor, "*axes"], ranks: Sequence[int]) -> list[Float[Te
     """
     cores, rest, rank = [], tensor, 1
     for axis, wanted in zip(tensor.shape, ranks, strict=False):
-        left, right = spectrum(rest.reshape(rank * axis, -1)).cut(min(wanted, rank * axis))
-        norms = left.norm(dim=0)
-        cores.append((left / torch.where(norms > 0, norms, 1.0)).view(rank, axis, -1))
-        rest, rank = (right * norms[:, None]).float(), left.shape[1]
+        left, rest = spectrum(rest.reshape(rank * axis, -1)).split(wanted)
+        cores.append(left.reshape(rank, axis, -1))
+        rank = left.shape[1]
     cores.append(rest.double().view(rank, tensor.shape[-1], 1))
     norms = [float(core.norm()) for core in cores]
     level = reduce(lambda a, b: a * b ** (1 / len(norms)), norms, 1.0)
