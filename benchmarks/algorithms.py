@@ -4,9 +4,10 @@
     python benchmarks/algorithms.py [--size 2048] [--threads 2] [--repeats 5]
 
 Both get the same weight and the same second moments, on the CPU, in one process, in turns; what is timed is
-the call from weight and Gram to codes and scales (GPTQ: 4 bits, groups of 128, activation order, a damping of 0.01) or to the
-pruned weight (SparseGPT: 50% and 2:4). Ours searches its scales inside the sweep, theirs come from a
-min-max observer, whose time is not counted. The error is that of the output, relative, for both.
+the call from weight and Gram to codes and scales (GPTQ: 4 bits, groups of 128, activation order) or to the
+pruned weight (SparseGPT: 50% and 2:4), at a damping of 0.01. Ours searches its scales inside the sweep,
+theirs come from a min-max observer, whose time is not counted. The error is that of the output, relative,
+for both.
 """
 
 from __future__ import annotations
@@ -120,10 +121,11 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     weight, gram, tokens = problem(options.size)
+    grid = integer_grid(4, GROUP)
     cases = {
-        "GPTQ, 4 bits in groups of 128": (ours(GPTQ(integer_grid(4, GROUP), damping=DAMPING), weight, gram, tokens),
+        "GPTQ, 4 bits in groups of 128": (ours(GPTQ(grid, damping=DAMPING), weight, gram, tokens),
                                           their_gptq(weight, gram, tokens)),
-        "SparseGPT, 50%": (ours(SparseGPT(sparsity=0.5, damping=DAMPING), weight, gram, tokens),
+        "SparseGPT, 50%": (ours(SparseGPT(0.5, damping=DAMPING), weight, gram, tokens),
                            their_sparsegpt(weight, gram, tokens, 0, 0)),
         "SparseGPT, 2:4": (ours(SparseGPT(pattern="2:4", damping=DAMPING), weight, gram, tokens),
                            their_sparsegpt(weight, gram, tokens, 2, 4)),
