@@ -48,6 +48,11 @@ class Soft(nn.Module):
     def update(self, step: int, total: int) -> None:
         """Called after optimizer step ``step`` of ``total``: schedules (masks that grow) move here."""
 
+    def settled(self) -> bool:
+        """Whether this is what was asked for. Not while masks grow: what a gate likes best then is a network
+        of which nothing has been dropped."""
+        return True
+
     def paces(self) -> dict[str, float]:
         """By name of a parameter of this very module: how much faster than weights it learns (default 1).
 
@@ -134,6 +139,9 @@ class Composed(Soft):
     def update(self, step: int, total: int) -> None:
         for child in self._children():
             child.update(step, total)
+
+    def settled(self) -> bool:
+        return all(child.settled() for child in self._children())
 
     def harden(self) -> Node:
         after = tuple(child.harden() for child in self._children())

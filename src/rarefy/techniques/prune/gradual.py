@@ -67,6 +67,7 @@ class _Growing(Soft):
     def __init__(self, leaf: Leaf, node: Dense, growth: Growth) -> None:
         super().__init__()
         self.site, self.dtype, self.growth = leaf.site, node.values.dtype, growth
+        self.done = False
         self.latent = nn.Parameter(node.dense().detach().clone())
         allowed = torch.ones(node.shape, dtype=torch.bool) if leaf.keep is None else leaf.keep
         self.allowed: Tensor
@@ -80,10 +81,14 @@ class _Growing(Soft):
     @torch.no_grad()
     def update(self, step: int, total: int) -> None:
         """The mask of the moment."""
+        self.done = self.growth.over(step, total)
         if self.growth.due(step, total):
             before = 1 - float(self.allowed.float().mean())
             share = self.growth.share(step, total, before)
             self.kept.copy_(self.growth.keep(self.latent.square(), share, self.allowed))
+
+    def settled(self) -> bool:
+        return self.done
 
     def harden(self) -> Node:
         return Masked(self.kept.clone(), ended(self.site, self.latent, self.dtype))

@@ -85,6 +85,7 @@ class _Gated(Soft):
     def __init__(self, leaf: Leaf, node: Dense, tile: tuple[int, int], settings: L0) -> None:
         super().__init__()
         self.site, self.dtype, self.tile, self.settings = leaf.site, node.values.dtype, tile, settings
+        self.done = False
         self.latent = nn.Parameter(node.dense().detach().clone())
         gates = (node.shape[0] // tile[0], node.shape[1] // tile[1])
         odds = math.log((1 - settings.dropout) / settings.dropout)
@@ -99,6 +100,13 @@ class _Gated(Soft):
     def penalty(self) -> Tensor:
         open_ = torch.sigmoid(self.odds - TEMPERATURE * math.log(-LOW / HIGH))
         return self.settings.strength * open_.mean()
+
+    def update(self, step: int, total: int) -> None:
+        """Gates close until the last step."""
+        self.done = step >= total
+
+    def settled(self) -> bool:
+        return self.done
 
     def paces(self) -> dict[str, float]:
         return {"odds": self.settings.pace}

@@ -93,6 +93,7 @@ class _Moved(Soft):
             self.tile = (pattern.rows or node.shape[0], pattern.columns or node.shape[1])
             growth = replace(growth, rule=replace(growth.rule, pattern=Unstructured("layer")))
         self.growth = growth
+        self.done = False
         self.latent = nn.Parameter(node.dense().detach().clone())
         self.scores = nn.Parameter(torch.zeros(node.shape[0] // self.tile[0], node.shape[1] // self.tile[1]))
         allowed = torch.ones(node.shape, dtype=torch.bool) if leaf.keep is None else leaf.keep
@@ -116,12 +117,16 @@ class _Moved(Soft):
     @torch.no_grad()
     def update(self, step: int, total: int) -> None:
         """The mask of the scores of the moment."""
+        self.done = step >= total if self.settings.strength else self.growth.over(step, total)
         if self.settings.strength:
             self.kept.copy_(self._spread(self.scores.sigmoid() > self.settings.threshold) & self.allowed)
             return
         follows = self.growth.over(step, total) and step % self.growth.every == 0
         if follows or self.growth.due(step, total):
             self.kept.copy_(self._highest(step, total))
+
+    def settled(self) -> bool:
+        return self.done
 
     def harden(self) -> Node:
         return Masked(self.kept.clone(), ended(self.site, self.latent, self.dtype))

@@ -79,6 +79,7 @@ class _Noisy(Soft):
         super().__init__()
         self.site, self.dtype, self.settings = leaf.site, node.values.dtype, settings
         values = node.dense().detach().clone()
+        self.done = False
         self.latent = nn.Parameter(values)
         size = values.square().mean().clamp_min(1e-8).log()
         self.spread = nn.Parameter(torch.full_like(values, float(settings.start + size)))
@@ -103,8 +104,12 @@ class _Noisy(Soft):
 
     @torch.no_grad()
     def update(self, step: int, total: int) -> None:
-        """The divergence's weight grows to 1."""
+        """The divergence's weight grows to 1; weights are lost to noise until the last step."""
+        self.done = step >= total
         self.weight.fill_(min(1.0, step / max(1.0, self.settings.warmup * total)))
+
+    def settled(self) -> bool:
+        return self.done
 
     @torch.no_grad()
     def harden(self) -> Node:
