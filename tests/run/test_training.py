@@ -13,7 +13,7 @@ from rarefy.core.errors import DataError, RarefyError, RecipeError
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
-from rarefy.run.training import Training, train
+from rarefy.run.training import Term, Training, train, with_recipe
 from rarefy.training.loop import Settings
 
 SETTINGS = Settings(epochs=2, batch=32, rate=3e-3, precision="float32")
@@ -71,7 +71,7 @@ def test_half_the_blocks_keep_the_task(tiny_encoder: Path, tmp_path: Path) -> No
     assert isinstance(student, Network) and student.map.blocks == 1
     assert done.receipt["after"]["accuracy"] > 0.9
     kept = Training(str(tiny_encoder), tmp_path / "kept", (str(tiny_encoder / "train.tsv"),), (), "0",
-                    ((1.0, "forward_kl"), (0.5, "hard_labels")), settings=SETTINGS)
+                    (Term("forward_kl"), Term("hard_labels", 0.5)), settings=SETTINGS)
     assert train(kept).receipt["after"]["accuracy"] > 0.9
 
 
@@ -114,5 +114,32 @@ def test_bad_input_is_named(tiny_encoder: Path, tiny_llama: Path, tmp_path: Path
     refused("adapter 'lorra'.*did you mean 'lora'", RecipeError, one, adapter="lorra")
     good = "sentence\tlabel\n" + "".join(f"{row}\t{k % 2}\n" for k, row in enumerate(rows))
     refused("does not exist; did you mean 'soft_labels'", RecipeError, good, student="half",
-            objectives=((1.0, "soft_label"),))
+            objectives=(Term("soft_label"),))
     refused("different kinds", RecipeError, good, student=str(tiny_llama))
+
+
+def test_the_recipe_of_distilbert(tmp_path: Path) -> None:
+    job = Training("teacher", tmp_path / "out")
+    found = with_recipe(job, Path(__file__).resolve().parents[2] / "recipes" / "distilbert.yaml")
+    assert found.student == "half" and found.settings.schedule == "linear"
+    assert found.objectives == (Term("triple", 1.0, {"soft": 5.0, "hard": 2.0, "angle": 1.0,
+                                                     "temperature": 2.0}),)
+    for text, match in (("studnet: half", "studnet"), ("training: {rat: 1}", "did you mean 'rate'"),
+                        ("- a", "recipe"), ("training: {rate: -1}", "must be positive")):
+        (tmp_path / "wrong.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=match):
+            with_recipe(job, tmp_path / "wrong.yaml")
+
+
+def test_the_command_line(tiny_encoder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from rarefy.cli.main import app
+
+    done = CliRunner().invoke(app, [
+        "distill", str(tiny_encoder), "--data", str(tiny_encoder / "dev.tsv"), "--steps", "3",
+        "--objective", "soft_labels=0.5", "--objective", "hard_labels", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "held-out loss" in done.stdout and "accuracy" in done.stdout
+    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert [weight for weight, _ in receipt["objectives"]] == [0.5, 1.0]

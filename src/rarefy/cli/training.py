@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +11,9 @@ from rarefy.cli.compress import resumable
 from rarefy.cli.options import WORK, Json, Model, Out, Overwrite, Seed
 from rarefy.cli.progress import progress
 from rarefy.cli.terminal import dump, finite, guarded, show
+
+if TYPE_CHECKING:
+    from rarefy.run.training import Term
 
 Table = Annotated[list[str] | None, typer.Option(
     "--data", metavar="DATA", rich_help_panel=WORK, show_default=False,
@@ -33,6 +37,9 @@ Rank = Annotated[int, typer.Option("--rank", rich_help_panel=WORK, help="Rank of
 Student = Annotated[str, typer.Option(
     "--student", metavar="STUDENT", rich_help_panel=WORK,
     help="half (every second block), numbers of blocks (0,2,4), or a smaller model with the same tokenizer.")]
+Recipe = Annotated[Path | None, typer.Option(
+    "--recipe", metavar="FILE", rich_help_panel=WORK, show_default=False,
+    help="YAML with student, objectives and training, before the flags (recipes/distilbert.yaml).")]
 Objectives = Annotated[list[str] | None, typer.Option(
     "--objective", metavar="NAME[=WEIGHT]", rich_help_panel=WORK, show_default=False,
     help="A loss (rarefy techniques lists them). Repeat to add several.")]
@@ -60,32 +67,35 @@ def finetune(
 @guarded
 def distill(
     teacher: Model, *, student: Student = "half", data: Table = None, eval_data: Judge = None,
-    objective: Objectives = None, epochs: Epochs = 3.0, steps: Steps = 0, batch: Batch = 32,
-    micro: Micro = 0, rate: Rate = None, patience: Patience = 3, seed: Seed = 0, out: Out,
+    objective: Objectives = None, recipe: Recipe = None, epochs: Epochs = 3.0, steps: Steps = 0,
+    batch: Batch = 32, micro: Micro = 0, rate: Rate = None, patience: Patience = 3, seed: Seed = 0, out: Out,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
     """Teach a smaller model what a larger one knows, and write it to DIR as an ordinary folder.
 
     Without --data a language model writes the text that its student learns from.
     """
-    from rarefy.run.training import Training, train
+    from rarefy.run.training import Training, train, with_recipe
     from rarefy.training.loop import Settings
 
     settings = Settings(steps=steps, epochs=epochs, batch=batch, micro=micro,
                         rate=1e-4 if rate is None else rate, patience=patience, seed=seed)
     job = Training(teacher, out, tuple(data or ()), tuple(eval_data or ()), student,
                    tuple(map(_weighted, objective or ())), settings=settings, overwrite=overwrite)
+    if recipe is not None:
+        job = with_recipe(job, recipe)
     done = resumable(lambda: train(job, progress()), out)
     _finished(done.receipt, str(done.out), as_json=as_json)
 
 
-def _weighted(text: str) -> tuple[float, str]:
-    """``soft_labels=0.5`` as weight and name."""
+def _weighted(text: str) -> Term:
+    """``soft_labels=0.5``: a loss and its weight."""
     from rarefy.core.errors import RecipeError
+    from rarefy.run.training import Term
 
     name, _, weight = text.partition("=")
     try:
-        return (float(weight) if weight else 1.0), name
+        return Term(name, float(weight) if weight else 1.0)
     except ValueError:
         raise RecipeError(f"--objective {text}: {weight!r} is no weight; write {name}=0.5") from None
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 import rarefy
@@ -55,6 +57,15 @@ OUTSIDE = frozenset({"embed", "positions", "token_types", "head", "pooler"})  # 
 
 
 @dataclass(frozen=True)
+class Term:
+    """One loss: its technique, its weight, and the technique's settings."""
+
+    technique: str
+    weight: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Training:
     """What to train on what, and where to put it.
 
@@ -69,7 +80,7 @@ class Training:
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
     student: str = ""
-    objectives: tuple[tuple[float, str], ...] = ()
+    objectives: tuple[Term, ...] = ()
     adapter: str = "none"
     rank: int = 8
     alpha: float = 16.0
@@ -132,6 +143,43 @@ def _work(job: Training, network: Model | Network, journal: Journal, progress: P
             "objectives": [[weight, repr(term)] for weight, term in terms],
             "examples": len(data.train), "held": len(data.held), "curve": tuned.curve.as_dict(),
             "before": before, "after": _score(student, data.held, tuned.trees, tuned.params)}
+
+
+def with_recipe(job: Training, path: Path) -> Training:
+    """``job`` with what a YAML file says: student, objectives, training."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    try:
+        found = _RecipeFile.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{path}: {where or 'recipe'}: {first['msg'].lower()}") from None
+    terms = tuple(Term(each.technique, each.weight, each.settings) for each in found.objectives)
+    known = list(Settings.__dataclass_fields__)
+    wrong = [name for name in found.training if name not in known]
+    if wrong:
+        raise RecipeError(f"{path}: training has no setting {wrong[0]!r}{did_you_mean(wrong[0], known)}")
+    return replace(job, student=found.student or job.student, objectives=terms or job.objectives,
+                   settings=replace(job.settings, **found.training))
+
+
+class _TermFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    technique: str
+    weight: float = 1.0
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class _RecipeFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    student: str = ""
+    objectives: tuple[_TermFile, ...] = ()
+    training: dict[str, Any] = Field(default_factory=dict)
 
 
 def _opened(ref: str) -> Model | Network:
@@ -216,21 +264,29 @@ def _terms(job: Training, student: Model | Network, data: _Data) -> tuple[tuple[
     known = objectives()
     chosen = job.objectives
     if not chosen and isinstance(student, Model):
-        chosen = ((1.0, "forward_kl"),)
+        chosen = (Term("forward_kl"),)
     elif not chosen and isinstance(student, Network):
-        chosen = ((1.0, "triple" if student.form.gives == "classes" else "cosine"),)
-    wrong = [name for _, name in chosen if name not in known]
-    if wrong:
-        raise RecipeError(f"objective {wrong[0]!r} does not exist{did_you_mean(wrong[0], list(known))}; "
-                          f"choose of {', '.join(known)}")
-    rows = isinstance(student, Network) and student.form.gives == "embedding"
-    found = tuple((weight, known[name](of="rows") if rows and name == "cosine" else known[name]())
-                  for weight, name in chosen)
+        rows = Term("cosine", settings={"of": "rows"})
+        chosen = (Term("triple") if student.form.gives == "classes" else rows,)
+    found = tuple((term.weight, _objective(term, known)) for term in chosen)
     if any("samples" in term.needs for _, term in found) and job.data not in ((), (SELF,)):
         raise RecipeError("sequence learns from what the teacher writes; leave --data out")
     if any("labels" in term.needs for _, term in found) and LABELS not in data.train.tensors:
         raise DataError("this objective needs labels and the data has none; use soft_labels")
     return found
+
+
+def _objective(term: Term, known: Mapping[str, type[Any]]) -> Objective:
+    if term.technique not in known:
+        raise RecipeError(f"objective {term.technique!r} does not exist"
+                          f"{did_you_mean(term.technique, list(known))}; choose of {', '.join(known)}")
+    kind = known[term.technique]
+    fields = list(kind.__dataclass_fields__)
+    wrong = [name for name in term.settings if name not in fields]
+    if wrong:
+        raise RecipeError(f"{term.technique}: no setting {wrong[0]!r}{did_you_mean(wrong[0], fields)}")
+    objective: Objective = kind(**term.settings)
+    return objective
 
 
 def _tuning(job: Training, student: Model | Network, fresh: tuple[str, ...]
