@@ -24,7 +24,7 @@ def techniques(
             dump([entry.as_dict() for entry in entries])
         else:
             table("", ("name", "family", "needs", "idea"),
-                  [(e.name, e.family, ", ".join(e.needs) or "no data", e.idea) for e in entries])
+                  [(e.name, e.family, e.asks, e.idea) for e in entries])
         return
     entry = find(name)
     if as_json:
@@ -35,4 +35,4 @@ def techniques(
         show()
         table("Settings", ("name", "type", "default", "meaning"),
               [(s.name, s.type, s.default or "required", s.meaning) for s in entry.settings])
-    show(f"\nEdits {', '.join(entry.edits)}; needs {', '.join(entry.needs) or 'no data'}.")
+    show(f"\nEdits {', '.join(entry.edits)}; needs {entry.asks}.")

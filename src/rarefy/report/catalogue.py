@@ -41,6 +41,12 @@ class Entry:
     edits: tuple[str, ...]
     needs: tuple[str, ...]
     beats: str
+    scope: str = "leaf"
+
+    @property
+    def asks(self) -> str:
+        """What it must be given besides a weight, in words."""
+        return ", ".join(self.needs) or ("a training run" if self.scope == "training" else "no data")
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -80,7 +86,8 @@ def read_technique(path: Path, folder: Path) -> Entry:
     declared = {name: _names(value) for name, value in _constants(config).items()}
     return Entry(path.stem, str(path.parent.relative_to(folder)), idea.strip(), body.strip("\n"),
                  " ".join(paper.split()), about, settings, declared.get("edits", ()),
-                 declared.get("needs", ()), next(iter(declared.get("beats", ())), ""))
+                 declared.get("needs", ()), next(iter(declared.get("beats", ())), ""),
+                 next(iter(declared.get("scope", ())), "leaf"))
 
 
 def _config(tree: ast.Module) -> ast.ClassDef | None:

@@ -32,10 +32,13 @@ def page(entry: Entry, measured: str = "") -> str:
         facts.append(f"- **Needs** of student and teacher: {', '.join(f'`{name}`' for name in entry.needs)}")
     elif entry.needs:
         facts.append(f"- **Needs** calibration evidence: {', '.join(f'`{name}`' for name in entry.needs)}")
+    elif entry.scope == "training":
+        facts.append("- **Works** while the network trains: needs data and a loss")
     else:
         facts.append("- **Needs** no data; uses calibration evidence where there is some")
     if entry.beats:
-        facts.append(f"- **Must beat** [`{entry.beats}`]({entry.beats}.md) on the standard fixture")
+        fixture = "on handwritten digits" if entry.scope == "training" else "on the standard fixture"
+        facts.append(f"- **Must beat** [`{entry.beats}`]({entry.beats}.md) {fixture}")
     facts.append(f"- **File** `src/rarefy/techniques/{entry.family}/{entry.name}.py`")
     parts += ["## Facts", "\n".join(facts), "## Source", entry.paper]
     if measured:
