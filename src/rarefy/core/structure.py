@@ -71,6 +71,50 @@ class KeyHeads:
     value: Float[Tensor, "heads width in_"]
 
 
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Channels of a network of any kind that go or stay together: filters, what normalises and reads them.
+
+    absolute, square: sums of |w| and w^2 over all weights that write or read each channel. removal: predicted
+    divergence of the answer, per sample, when that channel alone goes (None: not asked for). work:
+    multiplications of one sample that go with one channel. reader: the matrix [out, in] of the only one that
+    reads them, unit: [in] which channel each of its columns belongs to, evidence: of that reader (None:
+    several read them, or nothing was asked for).
+    """
+
+    site: str
+    absolute: Float[Tensor, " channels"]
+    square: Float[Tensor, " channels"]
+    work: float
+    removal: Float[Tensor, " channels"] | None = None
+    reader: Float[Tensor, "out in_"] | None = None
+    unit: Int64[Tensor, " in_"] | None = None
+    evidence: Evidence | None = None
+
+    @property
+    def count(self) -> int:
+        """How many channels there are."""
+        return self.square.numel()
+
+
+@runtime_checkable
+class Narrowing(Protocol):
+    """A technique that takes channels out of a network of any kind.
+
+    ``keep``: for every group the channels that stay, sorted. ``refit``: as ``Thinning``'s.
+    """
+
+    scope: ClassVar[str]
+    edits: ClassVar[tuple[type[Channels], ...]]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def keep(self, groups: tuple[Channels, ...]) -> tuple[Tensor, ...]: ...
+
+    def refit(self, group: Channels, kept: Tensor) -> Tensor | None: ...
+
+
 @runtime_checkable
 class Merging(Protocol):
     """A technique that makes several heads of keys and values one.

@@ -24,6 +24,7 @@ from rarefy.core.structure import KeyHeads
 from rarefy.models.families import head_width
 from rarefy.models.map import Site
 from rarefy.models.model import Model
+from rarefy.models.network import Network
 from rarefy.models.sources import Source
 
 PER_BLOCK = ("layer_types", "no_rope_layers")  # settings of a configuration with one entry per block
@@ -59,7 +60,8 @@ def neurons(model: Model, block: int) -> Units:
     down = sites["down"]
     size = down.shape[1]
     names = [sites[role] for role in ("gate", "up", "gate_up") if role in sites]
-    writers = [place for site in names for place in _rows(model, site, torch.arange(site.shape[0]) % size)]
+    writers = [place for site in names
+               for place in row_places(model, site, torch.arange(site.shape[0]) % size)]
     return Units("neurons", block, size, tuple(writers), Place(down.path, 1, torch.arange(size)))
 
 
@@ -76,14 +78,14 @@ def heads(model: Model, block: int) -> Units:
     sites = _sites(model, block)
     layout = {"q": query, "k": key, "v": key, "qkv": torch.cat([query, key, key])}
     writers = [place for role, unit in layout.items() if role in sites
-               for place in _rows(model, sites[role], unit)]
+               for place in row_places(model, sites[role], unit)]
     return Units("heads", block, count, tuple(writers), Place(sites["o"].path, 1, query))
 
 
 GROUPS = {"neurons": neurons, "heads": heads}
 
 
-def written(model: Model, units: Units) -> Float[Tensor, " units"]:
+def written(model: Model | Network, units: Units) -> Float[Tensor, " units"]:
     """Root of the summed squares of all rows that write each unit."""
     total = torch.zeros(units.count)
     for place in units.writers:
@@ -102,13 +104,13 @@ def without_units(model: Model, kept: Mapping[int, Tensor], role: str,
     sizes = {index.numel() for index in kept.values()}
     if len(sizes) != 1 or len(kept) != model.map.blocks or 0 in sizes:
         raise ModelError(f"{model.name}: every block must keep the same number of {role}, and at least one")
-    cuts: dict[str, list[_Cut]] = {}
+    cuts: dict[str, list[Cut]] = {}
     for block, index in kept.items():
         units = GROUPS[role](model, block)
         for place in units.writers:
-            cuts.setdefault(place.path, []).append(_Cut(place.axis, place.kept(index), None))
+            cuts.setdefault(place.path, []).append(Cut(place.axis, place.kept(index), None))
         reader = units.reader
-        cuts.setdefault(reader.path, []).append(_Cut(1, reader.kept(index), refits.get(block)))
+        cuts.setdefault(reader.path, []).append(Cut(1, reader.kept(index), refits.get(block)))
     config = copy.deepcopy(model.config)
     _resize(config, role, sizes.pop())
     return _view(model, config, ShrunkSource(model.source, cuts, model.map.by_path, {}))
@@ -134,13 +136,13 @@ def with_merged_heads(model: Model, merges: Mapping[int, Tensor]) -> Model:
     if len(counts) != 1 or len(merges) != model.map.blocks:
         raise ModelError(f"{model.name}: every block must end with the same number of heads")
     width = head_width(model.config)
-    cuts: dict[str, list[_Cut]] = {}
+    cuts: dict[str, list[Cut]] = {}
     for block, matrix in merges.items():
         sites = _sites(model, block)
         spread = torch.kron(matrix, torch.eye(width))
         for role in ("k", "v"):
-            for place in _rows(model, sites[role], torch.arange(sites[role].shape[0])):
-                cuts[place.path] = [_Cut(0, torch.arange(spread.shape[0]), spread)]
+            for place in row_places(model, sites[role], torch.arange(sites[role].shape[0])):
+                cuts[place.path] = [Cut(0, torch.arange(spread.shape[0]), spread)]
     config = copy.deepcopy(model.config)
     config.head_dim = width
     config.num_key_value_heads = counts.pop()
@@ -177,7 +179,7 @@ def _sites(model: Model, block: int) -> dict[str, Site]:
     return {site.role: site for site in model.map.in_block(block)}
 
 
-def _rows(model: Model, site: Site, unit: Tensor) -> Iterator[Place]:
+def row_places(model: Model | Network, site: Site, unit: Tensor) -> Iterator[Place]:
     """The rows of a matrix, and of its bias where it has one."""
     yield Place(site.path, 0, unit)
     bias = re.sub("weight$", "bias", site.path)
@@ -204,7 +206,7 @@ def _with_bias(model: Model, site: Site) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Cut:
+class Cut:
     """Positions of one axis that stay; ``refit``: or the matrix [kept, all] that makes them of all."""
 
     axis: int
@@ -224,7 +226,7 @@ class ShrunkSource(Source):
     the same.
     """
 
-    def __init__(self, inner: Source, cuts: Mapping[str, list[_Cut]], sites: Mapping[str, Site],
+    def __init__(self, inner: Source, cuts: Mapping[str, list[Cut]], sites: Mapping[str, Site],
                  names: Mapping[str, str]) -> None:
         super().__init__()
         self.inner, self._cuts, self._sites, self._names = inner, cuts, sites, names

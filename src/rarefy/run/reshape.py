@@ -18,7 +18,7 @@ from torch import Tensor
 from rarefy.calibration.evidence import Advance, Stream, survey
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Evidence, Receipt, Recipe
-from rarefy.core.structure import Merging, Passage, Shortening, Thinning, UnitGroup
+from rarefy.core.structure import Merging, Narrowing, Passage, Shortening, Thinning, UnitGroup
 from rarefy.measure.divergence import Reference
 from rarefy.models.model import Model
 from rarefy.models.runner import Runner
@@ -65,6 +65,9 @@ def reshaped(model: Model, recipe: Recipe, tokens: Tensor | None,
             done = shortened(model, technique, tokens, name=step.technique, advance=advance)
         elif isinstance(technique, Merging):
             done = merged(model, technique, name=step.technique)
+        elif isinstance(technique, Narrowing):
+            raise RecipeError(f"{step.technique}: takes channels out of networks that are no language "
+                              "models; use units")
         else:
             done = thinned(model, technique, tokens, name=step.technique, seed=recipe.seed, advance=advance)
         model, receipts = done.model, receipts + done.receipts
