@@ -15,8 +15,10 @@ from typing import Annotated
 import typer
 
 from rarefy import __version__
+from rarefy.cli.bench import bench
 from rarefy.cli.chat import chat
 from rarefy.cli.compress import compress
+from rarefy.cli.doctor import doctor
 from rarefy.cli.evaluate import evaluate
 from rarefy.cli.export import export
 from rarefy.cli.inspect import inspect
@@ -52,7 +54,8 @@ def start(
     quiet_others()
 
 
-for command in (inspect, plan, compress, finetune, distill, run, evaluate, export, chat, techniques):
+for command in (inspect, plan, compress, finetune, distill, run, evaluate, bench, export, chat,
+                techniques, doctor):
     app.command()(command)
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,19 @@ from rarefy.runtimes.llamacpp_child import memory
 Arrays = Mapping[str, NDArray[Any]]
 
 
+class Input(NamedTuple):
+    """An input as a file declares it. shape: 0 for an axis of any length."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+
 class Engine(Protocol):
     """One network in one runtime."""
 
     version: str
-    inputs: tuple[str, ...]
+    inputs: tuple[Input, ...]
 
     def run(self, inputs: Arrays) -> Arrays: ...
 

@@ -164,7 +164,8 @@ class _Compiler:
                 self.renamed[node.name] = self._name(node.args[0])
             case _:
                 raise TargetError(f"{node.name}: {node.target} has no integer form here; networks of "
-                                  "convolutions, linear layers, Relu, sums and pooling have one (fold BatchNorm first)")
+                                  "convolutions, linear layers, Relu, sums and pooling have one (fold "
+                                  "BatchNorm first)")
 
     def _layer(self, node: Any, kind: str) -> None:
         path = self.program.reads[node.name]
@@ -220,7 +221,8 @@ class _Compiler:
         shape = node.args[0].meta["val"].shape
         kernel = (int(shape[2]), int(shape[3])) if kind == "mean" else _pair(node, 1)
         if kind == "mean" and {axis % len(shape) for axis in node.args[1]} != {2, 3}:
-            raise TargetError(f"{node.name}: a mean over other axes than height and width has no integer form")
+            raise TargetError(f"{node.name}: a mean over other axes than height and width has no integer "
+                              "form; put the channels second")
         stride = kernel if kind == "mean" else _pair(node, 2, kernel)
         flat = len(node.meta["val"].shape) == 2
         factor, zero = Fixed.of(np.array(given.scale / made.scale / prod(kernel))), np.int32(given.zero)

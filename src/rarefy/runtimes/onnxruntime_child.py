@@ -6,7 +6,7 @@ import sys
 
 import onnxruntime
 
-from rarefy.runtimes.child import Arrays, serve
+from rarefy.runtimes.child import Arrays, Input, serve
 
 
 class OnnxRuntime:
@@ -19,7 +19,9 @@ class OnnxRuntime:
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.version = f"onnxruntime {onnxruntime.__version__}"
-        self.inputs = tuple(each.name for each in self.session.get_inputs())
+        self.inputs = tuple(Input(each.name, each.type.removeprefix("tensor(").removesuffix(")"),
+                                  tuple(size if isinstance(size, int) else 0 for size in each.shape))
+                            for each in self.session.get_inputs())
         self.outputs = [each.name for each in self.session.get_outputs()]
 
     def run(self, inputs: Arrays) -> Arrays:

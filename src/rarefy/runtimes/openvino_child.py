@@ -7,7 +7,7 @@ from typing import Any
 
 import openvino
 
-from rarefy.runtimes.child import Arrays, serve
+from rarefy.runtimes.child import Arrays, Input, serve
 
 
 class OpenVino:
@@ -25,7 +25,9 @@ class OpenVino:
         self.request = core.compile_model(path, "CPU", settings).create_infer_request()
         model = self.request.get_compiled_model()
         self.version = f"openvino {openvino.__version__}"
-        self.inputs = tuple(each.any_name for each in model.inputs)
+        self.inputs = tuple(Input(each.any_name, each.element_type.to_string(),
+                                  tuple(0 if size.is_dynamic else size.get_length()
+                                        for size in each.partial_shape)) for each in model.inputs)
         self.outputs = [each.any_name for each in model.outputs]
 
     def run(self, inputs: Arrays) -> Arrays:

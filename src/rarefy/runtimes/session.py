@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rarefy.core.errors import TargetError
 from rarefy.models.network import TENSOR
-from rarefy.runtimes.child import packed, unpacked
+from rarefy.runtimes.child import Input, packed, unpacked
 from rarefy.runtimes.llamacpp import Memory, usable_threads
 
 TIMEOUT = 600.0
@@ -58,7 +58,7 @@ class Session:
 
     exact: compute in the precision of the file, even where the runtime would round further by itself
     (OpenVINO: activations to 8 bits). version: what the runtime calls itself. inputs: names that the file
-    gives its inputs.
+    gives its inputs; declared: with their types and shapes.
     """
 
     def __init__(self, path: Path | str, engine: str, *, threads: int | None = None, exact: bool = True,
@@ -78,7 +78,9 @@ class Session:
         except BaseException:
             self.close()
             raise
-        self.version, self.inputs = str(header["version"]), tuple(header["inputs"])
+        self.version = str(header["version"])
+        self.declared = tuple(Input(name, kind, tuple(shape)) for name, kind, shape in header["inputs"])
+        self.inputs = tuple(each.name for each in self.declared)
 
     def __enter__(self) -> Session:
         return self

@@ -1,0 +1,106 @@
+"""Exported networks against each other: every file in its runtime, in turns, so that a slow spell hits all.
+
+    a, b, c, a, b, c, .., a
+
+Each visit times some calls; a ratio compares a file's median with the mean of the two visits to the first
+file around it, and its spread over the visits says what the ratio is worth. Loading is not in it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import TargetError, did_you_mean
+from rarefy.runtimes.child import Input
+from rarefy.runtimes.session import Latency, Session
+
+ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One file. bytes: on disk; peak: of its process; latency: by batch; ratio, spread: times faster than the
+    first file, by batch, and (largest - smallest) / median over the visits; load: seconds until it could
+    answer."""
+
+    path: Path
+    runtime: str
+    bytes: int
+    peak: int
+    load: float
+    latency: dict[int, Latency]
+    ratio: dict[int, float]
+    spread: dict[int, float]
+
+
+def engine_of(path: Path) -> str:
+    """The runtime of a file, by its name."""
+    if path.suffix not in ENGINES:
+        raise TargetError(f"{path}: no runtime is known for {path.suffix or 'it'}; pass a file that ends "
+                          f"with one of {', '.join(ENGINES)}{did_you_mean(path.suffix, list(ENGINES))}")
+    return ENGINES[path.suffix]
+
+
+def probe(inputs: Sequence[Input], batch: int, length: int) -> dict[str, Tensor]:
+    """Inputs for timing: ones for tokens and masks (speed does not depend on which), noise for images."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for each in inputs:
+        shape = [batch if k == 0 else size or length for k, size in enumerate(each.shape)]
+        whole = "int" in each.type or each.type in ("i64", "i32")
+        kind = torch.int32 if each.type in ("int32", "i32") else torch.int64
+        found[each.name] = torch.ones(shape, dtype=kind) if whole else torch.randn(shape, generator=generator)
+    return found
+
+
+def compare(paths: Sequence[Path], *, batches: Sequence[int] = BATCHES, length: int = 64, visits: int = 5,
+            calls: int = 10, threads: int | None = None) -> list[Timed]:
+    """Time files in turns; the first is what the others are compared with. length: tokens of a text."""
+    with ExitStack() as stack:
+        sessions, loads = [], []
+        for path in paths:
+            started = time.perf_counter()
+            session = Session(path, engine_of(path), threads=threads, exact=False)
+            sessions.append(stack.enter_context(session))
+            loads.append(time.perf_counter() - started)
+        seconds = {batch: _visits(sessions, batch, length, visits, calls) for batch in batches}
+        peaks = [session.memory().peak for session in sessions]
+    return [_timed(k, session, loads[k], peaks[k], seconds) for k, session in enumerate(sessions)]
+
+
+def _visits(sessions: Sequence[Session], batch: int, length: int, visits: int,
+            calls: int) -> list[list[list[float]]]:
+    """Seconds of each call, by file and visit; the first file has one visit more."""
+    inputs = [probe(session.declared, batch, length) for session in sessions]
+    for session, given in zip(sessions, inputs, strict=True):
+        session.latency(given, 2)  # warm
+    taken: list[list[list[float]]] = [[] for _ in sessions]
+    for _ in range(visits):
+        for k, session in enumerate(sessions):
+            taken[k].append(session.latency(inputs[k], calls))
+    taken[0].append(sessions[0].latency(inputs[0], calls))
+    return taken
+
+
+def _timed(k: int, session: Session, load: float, peak: int,
+           seconds: dict[int, list[list[list[float]]]]) -> Timed:
+    latency, ratio, spread = {}, {}, {}
+    for batch, taken in seconds.items():
+        medians = [[statistics.median(visit) for visit in each] for each in taken]
+        around = [(a + b) / 2 for a, b in zip(medians[0], medians[0][1:], strict=False)]
+        ratios = [first / own for first, own in zip(around, medians[k], strict=False)]
+        latency[batch] = Latency.of([second for visit in taken[k] for second in visit])
+        ratio[batch] = statistics.median(ratios)
+        spread[batch] = (max(ratios) - min(ratios)) / ratio[batch]
+    beside = (session.path.with_suffix(".bin"), session.path.with_name(session.path.name + ".data"))
+    files = (session.path, *(each for each in beside if each.exists()))
+    size = sum(each.stat().st_size for each in files)
+    return Timed(session.path, session.version, size, peak, load, latency, ratio, spread)
