@@ -80,6 +80,19 @@ def test_columns_of_uneven_density_cost_their_own_entropy(transposed: bool,
     assert torch.equal(decode_mask(array(data), tuple(keep.shape)), keep)
 
 
+def test_runs_cost_less_as_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of some ten entries, ten apart in the mean, some of them hundreds: two choices a run."""
+    monkeypatch.setattr("rarefy.numerics.masks.CHUNK", 1000)
+    lengths = (1 + 20 * noise(600) ** 3 * (1 + 20 * (noise(600, seed=1) < 0.02))).long()
+    keep = torch.repeat_interleave(torch.arange(600) % 2 == 1, lengths)[:3000].view(30, 100)
+    data = code_mask(keep)
+    assert data[1] == 11 and len(data) < 0.8 * 3000 / 8
+    assert torch.equal(decode_mask(array(data), (30, 100)), keep)
+    late = torch.zeros(1, 5000, dtype=torch.bool)
+    late[0, 4321] = late[0, 4999] = True
+    assert torch.equal(decode_mask(array(code_mask(late)), (1, 5000)), late)
+
+
 def test_the_largest_tile() -> None:
     assert tile_of(MASKS["tiles"][0]) == (4, 8) and tile_of(MASKS["half"][0]) == (1, 1)
     assert tile_of(MASKS["rows"][0]) == (1, 240) and tile_of(MASKS["all"][0]) == SHAPE
@@ -112,6 +125,10 @@ def test_damaged_masks_are_refused_or_read(data: Any) -> None:
     (b"\x00\x01\x01\x00\x00", "all zero"), (b"\x00\x01\x01\x00\x01\x01", "left behind"),
     (b"\x00\x01\x09", "no coding of symbols"), (b"\x00\x01\x00", "0 bytes where 8 codes"),
     (b"\x00\x01\x01\x05\x05\x00", "zero word"),
+    (b"\x00\x09\x09\x00\x00\x00\x00", "no coding of a mask"),
+    (b"\x00\x0a\x02\x00\x00\x00\x00\x00", "bytes where 2 codes"),
+    (b"\x00\x0b\x0f\x01", "no coding of a mask"), (b"\x00\x0b\x0e\x01\x00\x00\x00\x00", "no coding"),
+    (b"\x00\x0b\x0f\x01\x00\x00\x00\x00\x00\x09", "beyond the mask"),
 ])
 def test_what_is_no_mask_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,8 @@ become one entry. What is left is coded in the shortest of these ways:
     where every group of M has exactly N entries set, the rank of each group among all such groups:
     ``log2 binomial(M, N)`` bits;
     column by column (or row by row) under the density of each: the mean entropy of the columns, far less than
-    a bit per weight where a criterion favours some inputs, as Wanda's and SparseGPT's do.
+    a bit per weight where a criterion favours some inputs, as Wanda's and SparseGPT's do;
+    gaps between kept entries, as of compressed sparse rows: less where what is kept comes in runs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from rarefy.numerics.coding import (
 WIDTHS = (1, 2, 4, 8)  # neighbouring entries of a mask in one symbol
 GROUPS = range(2, 17)  # M of the N:M patterns that are looked for
 BELOW = 15  # added to M, to tell it from a width
-COLUMNS, ROWS = 9, 10  # in the place of a width: entries under the density of their column, or row
+COLUMNS, ROWS, GAPS = 9, 10, 11  # in the place of a width: under the density of a column or row; gaps
+LONGEST = (15, 63, 255)  # gaps are told apart up to these
 DENSITIES = 64  # that a column may have, evenly spaced in their logarithm of odds, in 2^-16
 STRIPPED, TILED = 1, 2  # flags in a mask's first byte
 
@@ -123,12 +125,15 @@ def _untiled(flags: int, data: np.ndarray, rows: int, columns: int) -> Tensor:
 def _entries(grid: Tensor) -> bytes:
     """One byte for w (or M, with N in another one; or columns), then the symbols."""
     plain = _alike(grid.reshape(-1))
+    found = [plain]
     ways = [_by_density(part) for part in (grid, grid.T)]
     best = min((0, 1), key=lambda axis: ways[axis][0])
-    if ways[best][0] >= len(plain):
-        return plain
-    shaped = bytes([(COLUMNS, ROWS)[best]]) + _densely(grid.T if best else grid, ways[best][1])
-    return min(plain, shaped, key=len)
+    if ways[best][0] < len(plain):
+        found.append(bytes([(COLUMNS, ROWS)[best]]) + _densely(grid.T if best else grid, ways[best][1]))
+    size, longest = _by_gaps(grid.reshape(-1))
+    if size < min(map(len, found)):
+        found.append(bytes([GAPS]) + _gapped(grid.reshape(-1), longest))
+    return min(found, key=len)
 
 
 def _alike(flat: Tensor) -> bytes:
@@ -161,6 +166,8 @@ def _entries_of(data: np.ndarray, rows: int, columns: int) -> Tensor:
         return _density_of(data, rows, columns)
     if width == ROWS:
         return _density_of(data, columns, rows).T
+    if width == GAPS:
+        return _gaps_of(data, rows * columns).view(rows, columns)
     return _alike_of(width, data, rows * columns).view(rows, columns)
 
 
@@ -213,6 +220,45 @@ def _density_of(data: np.ndarray, rows: int, columns: int) -> Tensor:
 def _chance(k: int) -> object:
     density = _densities()[k]
     return Categorical(np.array([1 - density, density]), perfect=False)
+
+
+def _by_gaps(flat: Tensor) -> tuple[float, int]:
+    """About how many bytes ``_gapped`` takes, from the first entries, and which gaps are best told apart."""
+    seen = flat[:CHUNK]
+    scale = flat.numel() / seen.numel()
+    return min((6 + estimated_bits(counted(_gaps(seen, longest), longest + 1) * scale) / 8, longest)
+               for longest in LONGEST)
+
+
+def _gapped(flat: Tensor, longest: int) -> bytes:
+    symbols = _gaps(flat, longest)
+    return bytes([longest]) + symbols.numel().to_bytes(5, "little") + code_symbols(symbols, longest + 1)
+
+
+def _gaps(flat: Tensor, longest: int) -> Tensor:
+    """Entries that are dropped before each kept one; ``longest``: so many are, and the gap goes on."""
+    parts, last = [torch.zeros(0, dtype=torch.uint8)], -1
+    for start in range(0, flat.numel(), CHUNK):
+        kept = flat[start:start + CHUNK].nonzero().view(-1) + start
+        gaps = torch.diff(kept, prepend=kept.new_full((1,), last)) - 1
+        ends = (gaps // longest + 1).cumsum(0) - 1
+        symbols = torch.full((int(ends[-1]) + 1 if ends.numel() else 0,), longest, dtype=torch.uint8)
+        symbols[ends] = (gaps % longest).to(torch.uint8)
+        parts.append(symbols)
+        last = int(kept[-1]) if kept.numel() else last
+    return torch.cat(parts)
+
+
+def _gaps_of(data: np.ndarray, count: int) -> Tensor:
+    longest, number = int(data[0]) if data.size else 0, int.from_bytes(data[1:6].tobytes(), "little")
+    if data.size < 6 or longest not in LONGEST or number > 2 * count:
+        raise ValueError("no coding of a mask")
+    symbols = decode_symbols(data[6:], number, longest + 1)
+    steps = torch.where(symbols == longest, longest, symbols.long() + 1)
+    places = steps.cumsum(0)[symbols < longest] - 1
+    if places.numel() and int(places[-1]) >= count:
+        raise ValueError("entries beyond the mask")
+    return torch.zeros(count, dtype=torch.bool).index_fill_(0, places, True)
 
 
 def _bits(symbols: Tensor, width: int, count: int) -> Tensor:

@@ -270,7 +270,7 @@ def _int8_codes(node: Quantized, keep: Tensor | None) -> tuple[Tensor, Tensor, T
         points = -node.zero.dense()[:, 0]
         if not (node.grid.zero is not None and node.grid.zero.relative):
             return None
-    whole = bool((points == points.round()).all())
+    whole = all(bool((each == each.round()).all()) for each in (points, levels))
     if not whole or any(float(each.min()) < -128 or float(each.max()) > 127 for each in (levels, points)):
         return None
     codes = levels.to(torch.int8)[node.codes.int()]
