@@ -88,3 +88,12 @@ def test_nothing_half_written(tmp_path: Path) -> None:
     with staged(tmp_path / "x", overwrite=True) as partial:
         partial.write_text("newer")
     assert (tmp_path / "x").read_text() == "newer"
+
+
+def test_a_checkpoint_for_transformers(cli: Any, quantized: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    done = cli("export", str(quantized), "--for", "transformers", "-o", str(tmp_path / "hf"), "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
+    assert told["config_groups"]["group_0"]["weights"]["group_size"] == 32
+    assert (tmp_path / "hf" / "tokenizer.json").exists()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Place = Annotated[Path, typer.Option(
     "--out", "-o", metavar="PATH", rich_help_panel=SHOWN, show_default=False,
-    help="File (llama.cpp) or folder (native) to create.")]
+    help="File (llama.cpp) or folder (native, transformers) to create.")]
 
 
 @guarded
@@ -32,19 +32,22 @@ def export(
                                            help="A folder that rarefy wrote, or a .gguf file.")],
     *, target: Target = "llama.cpp", out: Place, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
-    """Write a compressed model as another target's file: llama.cpp (one .gguf file) or native (a folder).
+    """Write a model for another target: llama.cpp (one .gguf file), native or transformers (a folder).
 
     Codes and scales go over as they are; nothing is rounded a second time.
     """
+    from rarefy.export.compressed_tensors import TRANSFORMERS
     from rarefy.export.gguf import LLAMA_CPP
     from rarefy.export.native import NATIVE, export_native
 
-    if target not in (known := [LLAMA_CPP.name, NATIVE.name]):
+    if target not in (known := [LLAMA_CPP.name, NATIVE.name, TRANSFORMERS.name]):
         raise TargetError(f"target {target!r}: choose one of {', '.join(known)}{did_you_mean(target, known)}")
     with staged(out, overwrite=overwrite) as partial, progress().stage(f"export for {target}"):
         model, trees = _opened(source)
         if target == NATIVE.name:
             size = export_native(model, trees, partial)
+        elif target == TRANSFORMERS.name:
+            size = _transformers(model, trees, partial)
         else:
             size = _gguf(model, trees, partial)
     if as_json:
@@ -76,6 +79,29 @@ def _gguf(model: Model, trees: dict[str, Any], path: Path) -> int:
         tell(f"warning: {len(wide)} weights are in no format of llama.cpp and go over as F16, "
              f"{wide[0]} first")
     return export_gguf(model, trees, formats, path)
+
+
+def _transformers(model: Model, trees: dict[str, Any], folder: Path) -> int:
+    """The checkpoint, loaded back by transformers; what it cannot hold goes over as floats, and is said."""
+    import torch
+
+    from rarefy.export.compressed_tensors import export_transformers
+    from rarefy.export.native import network_of
+    from rarefy.runtimes.session import require
+    from rarefy.runtimes.transformers import verify_checkpoint
+
+    require("compressed_tensors")
+    network = network_of(model).eval().requires_grad_(False)
+    done = export_transformers(network, trees, folder, tokenizer=model.tokenizer)
+    if done.notes:
+        tell(f"warning: {len(done.notes)} weights go over as floats: {done.notes[0]}")
+    if done.adapter is not None:
+        require("peft")
+    tokens = {"input_ids": torch.arange(16)[None] % model.config.vocab_size}
+    with torch.no_grad():
+        expected = network(**tokens, use_cache=False).logits
+    verify_checkpoint(folder, tokens, expected, adapter=done.adapter)
+    return done.bytes
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def export_transformers(network: Any, trees: Mapping[str, Node], folder: Path | 
     _write(folder, network, parts, dtype)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    adapter = _write_adapter(folder / ADAPTER, folder.name, parts.repairs, dtype) if parts.repairs else None
+    adapter = _write_adapter(folder / ADAPTER, parts.repairs, dtype) if parts.repairs else None
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Checkpoint(folder, size, parts.schemes, adapter, tuple(parts.notes))
 
@@ -153,12 +153,12 @@ def _write(folder: Path, network: Any, parts: _Parts, dtype: torch.dtype) -> Non
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
-def _write_adapter(folder: Path, base: str, repairs: Mapping[str, Product], dtype: torch.dtype) -> Path:
+def _write_adapter(folder: Path, repairs: Mapping[str, Product], dtype: torch.dtype) -> Path:
     """LoRA: ``W x + B A x``; alpha is the rank, so that nothing is scaled."""
     ranks = {module: repair.left.shape[1] for module, repair in repairs.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     other = {module: rank for module, rank in ranks.items() if rank != common}
-    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": common, "lora_alpha": common,
+    config = {"peft_type": "LORA", "base_model_name_or_path": "..", "r": common, "lora_alpha": common,
               "target_modules": sorted(ranks), "rank_pattern": other, "alpha_pattern": other,
               "lora_dropout": 0.0, "bias": "none", "inference_mode": True, "task_type": None}
     tensors = {}

@@ -30,7 +30,9 @@ from rarefy.runtimes.child import Input, packed, unpacked
 from rarefy.runtimes.llamacpp import Memory, usable_threads
 
 TIMEOUT = 600.0
-PIP = {"onnxruntime": "pip install 'rarefy[onnx]'", "openvino": "pip install 'rarefy[openvino]'"}
+PIP = {"onnxruntime": "pip install 'rarefy[onnx]'", "openvino": "pip install 'rarefy[openvino]'",
+       "compressed_tensors": "pip install 'rarefy[transformers]'",
+       "peft": "pip install 'rarefy[transformers]'"}
 
 
 def require(package: str) -> None:
