@@ -18,26 +18,40 @@ __version__ = "0.1.0"
 
 
 def compress(model: Any, to: str | None = None, *, max_kl: float | None = None, out: Path | str = "out",
-             tokenizer: Any = None, **settings: Any) -> Result:
+             data: Any = (), eval_data: Any = (), tokenizer: Any = None, gives: str = "",
+             **settings: Any) -> Result:
     """Compress ``model`` under a budget into the folder ``out``, and measure what came out.
 
-    model: a Hugging Face id, a folder, a ``.gguf`` file, a built-in name, or a transformers causal language
-    model in memory (then with its ``tokenizer``). to: bytes (``160MB``), a share (``60%``) or bits per
-    weight (``4.5bpw``) of the whole file. max_kl: nats per token; alone, the file is as small as it allows.
-    settings: other fields of ``rarefy.run.job.Job``, like ``effort``, ``data``, ``overwrite``. Raises a
+    model: a Hugging Face id, a folder, a ``.gguf`` file, a built-in name, or a torch module in memory: a
+    transformers causal language model or encoder (then with its ``tokenizer``), or any network of your own.
+    to: bytes (``160MB``), a share (``60%``) or bits per weight (``4.5bpw``) of the whole export. max_kl: nats
+    per token, or per sample; alone, the file is as small as it allows. data, eval_data: names of files, or
+    for networks that take tensors: inputs, (inputs, labels), or batches of these. gives: "classes" or
+    "embedding", where a network of your own leaves it open what its outputs are. settings: other fields of
+    ``rarefy.run.job.Job``, like ``effort``, ``target``, ``overwrite``. Raises a
     ``rarefy.core.errors.RarefyError`` and leaves nothing under ``out`` when it cannot.
     """
     import os
     from pathlib import Path
 
-    from rarefy.models.model import Model
     from rarefy.run.job import Job
     from rarefy.run.job import compress as work
+    from rarefy.run.resolve import in_memory
 
-    if not isinstance(model, str | os.PathLike | Model):
-        model = Model.from_module(model, tokenizer)
-    ref = model if isinstance(model, Model) else str(model)
-    return work(Job(ref, Path(out), to=to, max_kl=max_kl, **settings))
+    ref = str(model) if isinstance(model, str | os.PathLike) else in_memory(model, tokenizer, gives)
+    return work(Job(ref, Path(out), to=to, max_kl=max_kl, data=_sources(data), eval_data=_sources(eval_data),
+                    **settings))
+
+
+def _sources(data: Any) -> tuple[Any, ...]:
+    """Several names are several sources; anything else in memory is one."""
+    import os
+
+    if isinstance(data, str | os.PathLike):
+        return (str(data),)
+    if isinstance(data, tuple | list) and all(isinstance(each, str | os.PathLike) for each in data):
+        return tuple(str(each) for each in data)
+    return (data,)
 
 
 def load(ref: Path | str, *, fast: bool = False, **settings: Any) -> Any:

@@ -151,7 +151,7 @@ def test_full_disk_is_one_line_and_nothing_is_left_under_the_name(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("rarefy.run.job.export_gguf", full)
+    monkeypatch.setattr("rarefy.run.to_llamacpp.export_gguf", full)
     with pytest.raises(OutputError, match="disk is full; free some space and run the same command again"):
         compress(Job(str(tiny_gemma3), tmp_path / "out", to="40%", effort="quick", data=("python-docs",)),
                  Silent())

@@ -10,6 +10,7 @@ from rarefy.core.errors import RecipeError
 from rarefy.core.nouns import Recipe, Step
 from rarefy.models.model import open_model
 from rarefy.run.recipe import matching, plan_of, read_recipe, write_recipe
+from rarefy.run.to_llamacpp import LlamaCpp
 
 GOOD = """
 model: gemma-3-270m
@@ -54,13 +55,13 @@ def test_mistakes_are_named(text: str, match: str, tmp_path: Path) -> None:
 ])
 def test_what_means_nothing_is_refused_before_any_work(step: Step, match: str, tiny_gemma3: Path) -> None:
     with pytest.raises(RecipeError, match=match):
-        plan_of(open_model(tiny_gemma3), Recipe("x", (step,)))
+        plan_of(open_model(tiny_gemma3), Recipe("x", (step,)), LlamaCpp())
 
 
 def test_later_steps_follow_and_the_rest_is_f16(tiny_gemma3: Path) -> None:
     model = open_model(tiny_gemma3)
     steps = (Step("gptq", ("*.mlp.*",), {}, "Q4_0"), Step("quantease", ("*.mlp.down_proj.weight",)))
-    plan = plan_of(model, Recipe("x", steps))
+    plan = plan_of(model, Recipe("x", steps), LlamaCpp())
     down, up = (next(s.path for s in model.map.sites if s.role == role) for role in ("down", "up"))
     assert [s.technique for s in plan[down].steps] == ["gptq", "quantease"]
     assert [s.technique for s in plan[up].steps] == ["gptq"]

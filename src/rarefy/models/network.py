@@ -148,6 +148,12 @@ class Network:
         """The answer, [samples, classes or width]; ``tensors``: weights to use in place of the original's."""
         return self.form.answer(call(self.module, inputs, tensors or {}), inputs)
 
+    def running(self, module: nn.Module) -> Network:
+        """This network with another module that computes it: faster kernels in the place of layers."""
+        other = copy.copy(self)
+        other.module = module
+        return other
+
     @contextmanager
     def watched(self, sites: Mapping[str, Site], watch: Watch) -> Iterator[None]:
         """While this lasts, ``watch`` sees input and output of every module that uses one of ``sites``.

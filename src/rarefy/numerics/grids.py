@@ -12,6 +12,7 @@ llama.cpp's K-types). A grid is a description only: how a file packs it belongs 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -115,3 +116,16 @@ def nf4_grid(group: int, *, over: int = 0, dtype: torch.dtype = torch.float16) -
     levels = tuple(float(round(real * unit)) for real in sorted(reals))
     scale = Stored(dtype=torch.float32, bits=8, over=over) if over else Stored(dtype=dtype)
     return Grid(f"nf4g{group}{f'x{over}' if over else ''}", levels, group, scale)
+
+
+def integer_grid_named(name: str) -> Grid | None:
+    """``int4`` (a scale per row), ``int4-g32`` (per 32 columns), ``int4z-g32`` (with zero points); None for
+    any other name.
+
+    >>> integer_grid_named("int4-g32") == integer_grid(4, 32)
+    True
+    """
+    match = re.fullmatch(r"int([2-8])(z?)(?:-g([1-9]\d{0,5}))?", name)
+    if match is None:
+        return None
+    return integer_grid(int(match[1]), int(match[3] or 0), symmetric=not match[2])

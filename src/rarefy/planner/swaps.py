@@ -20,8 +20,7 @@ import torch
 from rarefy.core.nodes import Node, Quantized
 from rarefy.core.nouns import Evidence
 from rarefy.models.map import Site
-from rarefy.models.model import Model
-from rarefy.models.runner import Runner
+from rarefy.models.runner import Override
 from rarefy.numerics.grids import integer_grid
 from rarefy.numerics.rounding import encode, fit, join
 
@@ -66,15 +65,18 @@ def probe_damage(weight: torch.Tensor, evidence: Evidence) -> float:
     return total
 
 
-def measure_swaps(model: Model, predicted: Mapping[str, float], measure: Callable[[Runner], float],
+def measure_swaps(sites: Sequence[Site], weight: Callable[[str], torch.Tensor],
+                  predicted: Mapping[str, float], measure: Callable[[Override], float],
                   advance: Callable[[int, int], None] = lambda done, total: None) -> tuple[Swap, ...]:
-    """One swap per role. predicted: ``probe_damage`` of every site. measure: mean KL of a runner."""
-    roles = tuple(dict.fromkeys(site.role for site in model.map.sites))
+    """One swap per role. predicted: ``probe_damage`` of every site that can be probed. measure: how far the
+    answers move when weights are overridden."""
+    known = [site for site in sites if site.path in predicted]
+    roles = tuple(dict.fromkeys(site.role for site in known))
     swaps = []
     for done, role in enumerate(roles):
-        sites = [site for site in model.map.sites if site.role == role]
-        runner = Runner(model, _Probed(model, sites))
-        swaps.append(Swap(role, sum(predicted[site.path] for site in sites), measure(runner)))
+        members = [site for site in known if site.role == role]
+        moved = measure(_Probed(weight, members))
+        swaps.append(Swap(role, sum(predicted[site.path] for site in members), moved))
         advance(done + 1, len(roles))
     return tuple(swaps)
 
@@ -82,8 +84,8 @@ def measure_swaps(model: Model, predicted: Mapping[str, float], measure: Callabl
 class _Probed:
     """Overrides the named sites with their probes, made when asked for; the one outside a block is kept."""
 
-    def __init__(self, model: Model, sites: Sequence[Site]) -> None:
-        self.model, self.sites = model, {site.path: site for site in sites}
+    def __init__(self, weight: Callable[[str], torch.Tensor], sites: Sequence[Site]) -> None:
+        self.weight, self.sites = weight, {site.path: site for site in sites}
         self.kept: dict[str, Node] = {}
 
     def __call__(self, path: str) -> Node | None:
@@ -91,7 +93,7 @@ class _Probed:
             return None
         if path in self.kept:
             return self.kept[path]
-        node = probe(self.model.weight(path))
+        node = probe(self.weight(path))
         if self.sites[path].block is None:
             self.kept[path] = node
         return node

@@ -41,6 +41,11 @@ def final(receipt: dict[str, Any]) -> dict[str, Any]:
     return measured.get("runtime") or measured.get("float") or {}
 
 
+def distance(summary: dict[str, Any]) -> Any:
+    """How far answers moved, by whatever they are compared: KL, or 1 - cosine; None: not measured."""
+    return summary.get("kl_mean", summary.get("distance_mean"))
+
+
 def missed(receipt: dict[str, Any]) -> list[str]:
     """Which of the user's bounds do not hold, as clauses."""
     budget, kl, weight = receipt.get("budget") or {}, final(receipt).get("kl_mean"), file_bytes(receipt)

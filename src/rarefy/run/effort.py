@@ -16,7 +16,8 @@ class Effort:
     sweep carries forward. sequential: evidence anew for each group of a block. swaps: windows on which
     predictions are corrected by measuring (0: not at all). sweeps: QuantEase sweeps. evaluation: windows of
     the proof. second: windows of a second domain. positions: windows x positions compared inside the
-    runtime. repeats: turns that each file gets when the two are timed."""
+    runtime. repeats: turns that each file gets when the two are timed. samples: of networks that are no
+    language models, how many are surveyed, calibrated on and judged on."""
 
     length: int
     survey: int
@@ -28,12 +29,13 @@ class Effort:
     second: int
     positions: tuple[int, int]
     repeats: int
+    samples: tuple[int, int, int]
 
 
 EFFORTS = {
-    "quick": Effort(256, 8, 20, False, 0, 1, 8, 4, (8, 32), 1),
-    "balanced": Effort(512, 8, 40, True, 1, 2, 8, 4, (8, 64), 3),
-    "max": Effort(512, 96, 128, True, 4, 6, 16, 8, (16, 64), 3),
+    "quick": Effort(256, 8, 20, False, 0, 1, 8, 4, (8, 32), 1, (64, 256, 1000)),
+    "balanced": Effort(512, 8, 40, True, 1, 2, 8, 4, (8, 64), 3, (256, 512, 2000)),
+    "max": Effort(512, 96, 128, True, 4, 6, 16, 8, (16, 64), 3, (1024, 2048, 10_000)),
 }
 
 

@@ -16,24 +16,28 @@ matches nothing. Steps that change coupled axes of the whole model (awq, smoothq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rarefy.core.errors import RecipeError, did_you_mean
-from rarefy.core.nouns import Option, Recipe, Step
-from rarefy.export.gguf import loadable, site_bytes
+from rarefy.core.nouns import Recipe, Step
 from rarefy.models.map import Site
 from rarefy.models.model import Model
+from rarefy.models.network import Network
 from rarefy.planner.allocate import Plan
-from rarefy.run.planning import build, build_structure, build_transform, structures, transforms
+from rarefy.planner.sparsity import Statistics, resolved
+from rarefy.run.planning import build, build_structure, build_transform, structures, techniques, transforms
 
-PLAIN = "F16"
+if TYPE_CHECKING:
+    from rarefy.run.target import Destination
+
+ALLOCATE = "allocate"
 
 
 class _StepFile(BaseModel):
@@ -53,7 +57,7 @@ class _RecipeFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str
     steps: tuple[_StepFile, ...] = Field(min_length=1)
-    target: str = "llama.cpp"
+    target: str = "auto"
     effort: str = "balanced"
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
@@ -132,26 +136,47 @@ def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     return tuple(steps[:count]), tuple(steps[count:])
 
 
-def plan_of(model: Model, recipe: Recipe) -> Plan:
-    """What a recipe asks of every site, as options without a prediction; steps for the whole model aside."""
-    chains: dict[str, list[Step]] = {site.path: [] for site in model.map.sites}
-    axes, rest = split(recipe.steps)
-    for step in axes:
+def chains(sites: Sequence[Site], recipe: Recipe, statistics: Mapping[str, Statistics] | None = None
+           ) -> dict[str, tuple[Step, ...]]:
+    """The steps that a recipe asks for at every site, in their order; steps for the whole model aside.
+
+    statistics: of every site, by which a pruner's sparsity is shared out where its settings say ``allocate``
+    (None: not looked at yet, every site gets the same).
+    """
+    found: dict[str, list[Step]] = {site.path: [] for site in sites}
+    whole, rest = split(recipe.steps)
+    for step in whole:
         (build_structure if step.technique in structures() else build_transform)(step)
+    blocks = {site.path: site.block for site in sites if site.block is not None}
     for step in rest:
-        build(step, step.format)  # unknown techniques and settings are refused before any work
-        for site in matching(model.map.sites, step.where):
-            chains[site.path].append(replace(step, where=(site.path,)))
-    plan = {}
-    for site in model.map.sites:
-        steps = chains[site.path] or [Step("cast", (site.path,), {"dtype": "float16"}, PLAIN)]
-        name = next((step.format for step in reversed(steps) if step.format), "")
-        fitting = loadable(model, site)
-        if name not in fitting:
-            raise RecipeError(f"{site.path}: format {name!r} cannot store rows of {site.shape[1]} weights; "
-                              f"choose one of {', '.join(fitting)}")
-        plan[site.path] = Option(site.path, name, site_bytes(site, name), float("nan"), tuple(steps))
-    return plan
+        plain = replace(step, settings={name: value for name, value in step.settings.items()
+                                        if name != ALLOCATE or not _shares(step)})
+        build(plain, plain.format)  # unknown techniques and settings are refused before any work
+        chosen = [site.path for site in matching(sites, step.where)]
+        if statistics is None or not _shares(step):
+            shared = {path: replace(plain, where=(path,)) for path in chosen}
+        else:
+            shared = resolved(step, {path: statistics[path] for path in chosen}, blocks)
+        for path, own in shared.items():
+            found[path].append(own)
+    return {path: tuple(steps) for path, steps in found.items()}
+
+
+def _shares(step: Step) -> bool:
+    """Whether a step's sparsity is shared out over the sites that it matches."""
+    return ALLOCATE in step.settings and "sparsity" in techniques()[step.technique].__dataclass_fields__
+
+
+def format_of(steps: Sequence[Step]) -> str:
+    """The format that a chain of steps leads to: the last one that is named."""
+    return next((step.format for step in reversed(steps) if step.format), "")
+
+
+def plan_of(opened: Model | Network, recipe: Recipe, destination: Destination,
+            statistics: Mapping[str, Statistics] | None = None) -> Plan:
+    """What a recipe asks of every site, as options without a prediction; arguments as for ``chains``."""
+    asked = chains(opened.map.sites, recipe, statistics)
+    return {site.path: destination.asked(opened, site, asked[site.path]) for site in opened.map.sites}
 
 
 def recipe_of(plan: Plan, model: str, **rest: Any) -> Recipe:

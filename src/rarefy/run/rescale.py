@@ -19,6 +19,7 @@ from torch import Tensor
 from rarefy.calibration.channels import block_inputs, head_inputs
 from rarefy.calibration.evidence import Advance, Stream
 from rarefy.core.axes import AxisGroup, Change, Inputs, Reader, Transform
+from rarefy.core.edit import Technique
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Receipt, Recipe
 from rarefy.models.axes import Coupling, changes, couplings
@@ -27,9 +28,8 @@ from rarefy.models.rewritten import rewritten, untied
 from rarefy.models.runner import Runner
 from rarefy.numerics.grids import Grid
 from rarefy.run.effort import Effort
-from rarefy.run.planning import build_transform, transforms, work_of
-from rarefy.run.recipe import matching, plan_of, split
-from rarefy.run.sweep import Work
+from rarefy.run.planning import build_transform, chain, transforms
+from rarefy.run.recipe import chains, format_of, matching, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +85,8 @@ def rescaled(model: Model, recipe: Recipe, effort: Effort, tokens: Tensor | None
     if not made:
         return Rescaled(model, ())
     planned = untied(model) if any(technique.unties for _, technique in made) else model
-    work = work_of(plan_of(planned, recipe), effort)
-    grids = {path: grid for path, each in work.items() if (grid := _grid(each)) is not None}
+    grids = {path: grid for path, steps in chains(planned.map.sites, recipe).items()
+             if (grid := _grid(chain(steps, format_of(steps), effort))) is not None}
     receipts: tuple[Receipt, ...] = ()
     for step, technique in made:
         done = transformed(model, technique, tokens, name=step.technique, grids=grids, where=step.where,
@@ -95,9 +95,9 @@ def rescaled(model: Model, recipe: Recipe, effort: Effort, tokens: Tensor | None
     return Rescaled(model, receipts)
 
 
-def _grid(work: Work) -> Grid | None:
+def _grid(made: Sequence[tuple[str, Technique]]) -> Grid | None:
     """The grid that the last technique of a chain leaves the weight on."""
-    found = (getattr(technique, "grid", None) for _, technique in reversed(work.chain))
+    found = (getattr(technique, "grid", None) for _, technique in reversed(made))
     return next((grid for grid in found if isinstance(grid, Grid)), None)
 
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from rarefy.calibration.evidence import Advance, Stream
 from rarefy.core.edit import Technique, edit
+from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense, Node
 from rarefy.core.nouns import Evidence, Receipt
 from rarefy.models.map import Site
 from rarefy.models.model import Model
+from rarefy.models.network import Network
 from rarefy.models.runner import Runner
 
 ORDER = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",))
@@ -39,13 +41,16 @@ class Work:
 
 
 def sweep(model: Model, work: Mapping[str, Work], tokens: Tensor, outside: Mapping[str, Evidence],
-          store: Store, seed: int, *, sequential: bool,
+          store: Store, seed: int, *, sequential: bool, fishers: Mapping[str, Tensor] | None = None,
           advance: Advance = lambda done, total: None) -> None:
     """Do ``work`` at every site it names, and put trees and receipts into ``store``.
 
     tokens: calibration windows [windows, length]. outside: evidence for the embedding and the head, from
     the survey. sequential: gather evidence anew for each group of a block (four forward passes, not one).
+    fishers: of every site, from the survey, for techniques that need them.
     """
+    fishers = fishers or {}
+
     def current(path: str) -> Node | None:
         return store[path][0] if path in store else None
 
@@ -62,7 +67,8 @@ def sweep(model: Model, work: Mapping[str, Work], tokens: Tensor, outside: Mappi
             if not missing:
                 continue
             evidence = stream.inputs(index, {s.path for s in missing})
-            done = {s.path: rewrite(model, s, work[s.path], evidence[s.path], seed) for s in missing}
+            done = {s.path: rewrite(model, s, work[s.path], evidence[s.path], seed, fishers.get(s.path))
+                    for s in missing}
             for path, result in done.items():
                 store[path] = result
         if index + 1 < runner.blocks:
@@ -79,14 +85,20 @@ def groups(sites: list[Site], sequential: bool) -> list[list[Site]]:
     return [group for group in split if group]
 
 
-def rewrite(model: Model, site: Site, work: Work, evidence: Evidence | None,
-            seed: int) -> tuple[Node, tuple[Receipt, ...]]:
-    """Apply the chain of one site to its original weight."""
+def rewrite(model: Model | Network, site: Site, work: Work, evidence: Evidence | None, seed: int,
+            fisher: Tensor | None = None) -> tuple[Node, tuple[Receipt, ...]]:
+    """Apply the chain of one site to its original weight. fisher: what the evidence lacks of one."""
+    if evidence is not None and evidence.fisher is None:
+        evidence = replace(evidence, fisher=fisher)
     original = model.weight(site.path)
     tree: Node = Dense(original)
     receipts = []
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(site.path.encode()))
     for name, technique in work.chain:
-        tree, receipt = edit(site.path, tree, original, technique, name, evidence, generator)
+        try:
+            tree, receipt = edit(site.path, tree, original, technique, name, evidence, generator, site.kernel)
+        except ValueError as error:  # numerics know no sites and no named errors: a grid that does not divide
+            raise EditError(f"{error} ({name} at {site.path})" if site.path not in str(error)
+                            else str(error)) from None
         receipts.append(replace(receipt, format=work.format))
     return tree, tuple(receipts)

@@ -1,0 +1,27 @@
+"""Two works timed in turns."""
+
+from __future__ import annotations
+
+import time
+
+from rarefy.measure.latency import compare
+
+
+def test_turns_and_ratios() -> None:
+    said = []
+
+    def slow() -> int:
+        said.append("slow")
+        time.sleep(0.02)
+        return 10
+
+    def fast() -> int:
+        said.append("fast")
+        time.sleep(0.02)
+        return 30
+
+    found = compare(slow, fast, repeats=2)
+    assert 2.5 < found.ratio < 3.5 and 300 < found.a < 501
+    turns = [word for k, word in enumerate(said) if k == 0 or said[k - 1] != word]
+    assert turns == ["slow", "fast"] * 3 + ["slow"]
+    assert found.drift >= 0
