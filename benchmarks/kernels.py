@@ -1,6 +1,6 @@
 """When is a compressed weight faster than the matrix it stands for? The kernels of ``rarefy.runtimes.torch``.
 
-    OMP_NUM_THREADS=2 python benchmarks/kernels.py            # a minute; writes docs/benchmarks/kernels.md
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py       # half a minute; writes docs/benchmarks/kernels.md
 
 Every kernel is timed in turns with the dense product in float32, at some shapes and numbers of tokens; what
 counts is the ratio, so whatever else the machine does slows down both. A kernel whose time grows with what it
@@ -147,7 +147,7 @@ def constants(times: Times, points: Points) -> Iterator[tuple[str, float, str]]:
         yield kind, value, "always" if value < 1 else "never"
     for kind in ("low rank", "sparse", "blocks of 16", "blocks of 4"):
         slope = mean([mean(list(by.values())) / share for (name, share), by in times.items() if name == kind])
-        yield kind, slope, f"{1 / slope:.0%} kept"
+        yield kind, slope, f"{min(1, 1 / slope):.0%} kept"
     narrow = statistics.mean(mean(list(by.values())) - share for (name, share), by in times.items()
                              if name == "rows and columns")
     yield "rows and columns, beside what is kept", narrow, f"{1 - narrow:.0%} kept"
@@ -159,7 +159,7 @@ def constants(times: Times, points: Points) -> Iterator[tuple[str, float, str]]:
 def parts(times: Times, points: Points) -> list[str]:
     """The page: the measured tables and the constants that follow."""
     shapes = ", ".join(f"{out} x {columns}" for out, columns in SHAPES)
-    head = ["kernel", "kept", *(f"{tokens} tokens" for tokens in TOKENS), "mean"]
+    head = ["kernel", "kept", *(f"{tokens} token{'s' * (tokens > 1)}" for tokens in TOKENS), "mean"]
     rows = [[kind, f"{share:.0%}" if share else "all", *(f"{by[tokens]:.2f}" for tokens in TOKENS),
              f"{mean(list(by.values())):.2f}"] for (kind, share), by in sorted(times.items())]
     chains = [[kind, *(f"{share:.2f}: {time:.2f}" for share, time in found)]

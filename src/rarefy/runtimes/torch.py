@@ -47,11 +47,11 @@ from rarefy.runtimes.modules import (
 )
 
 # Time of a kernel as a share of the dense one's, over 1, 16 and 128 tokens: docs/benchmarks/kernels.md
-INT8, INT4 = 0.35, 0.95
+INT8, INT4 = 0.38, 0.86
 LOW_RANK = 1.0                      # times the share of the multiplications
-SPARSE, BLOCK_SPARSE = 4.3, 3.6     # times the density
+SPARSE, BLOCK_SPARSE = 4.4, 3.8     # times the density
 NARROW = 0.05                       # beside the share: picking inputs and placing outputs
-TWO_CONVS, THREE_CONVS, CP_CONVS = 1.3, 1.4, 2.3  # times the share of the multiplications
+TWO_CONVS, THREE_CONVS, CP_CONVS = 1.4, 1.5, 2.5  # times the share of the multiplications
 BLOCK = 4                           # side of the tiles; larger ones are slower
 
 AS_IS = "as it is"
