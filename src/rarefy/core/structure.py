@@ -59,6 +59,16 @@ class Passage:
 
 
 @dataclass(frozen=True, eq=False)
+class Stack:
+    """The weights of one role in several blocks, first to last, and what arrives at each (None: not seen)."""
+
+    role: str
+    sites: tuple[str, ...]
+    weights: Float[Tensor, "layers out in_"]
+    evidence: tuple[Evidence | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class KeyHeads:
     """The heads of keys and values of one block.
 
@@ -113,6 +123,27 @@ class Narrowing(Protocol):
     def keep(self, groups: tuple[Channels, ...]) -> tuple[Tensor, ...]: ...
 
     def refit(self, group: Channels, kept: Tensor) -> Tensor | None: ...
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A technique that lets several blocks use one weight.
+
+    ``share``: what all of them use, and for each block behind the first its own correction as factors [out,
+    rank] and [rank, in] (None: it has none).
+    """
+
+    scope: ClassVar[str]
+    edits: ClassVar[tuple[type[Stack], ...]]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def chosen(self, role: str) -> bool: ...
+
+    def groups(self, blocks: int) -> tuple[range, ...]: ...
+
+    def share(self, stack: Stack) -> tuple[Tensor, tuple[tuple[Tensor, Tensor] | None, ...]]: ...
 
 
 @runtime_checkable

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rarefy.core.codebooks import Clustered, Hashed
 from rarefy.core.edit import Leaf
 from rarefy.core.errors import EditError, RecipeError, did_you_mean
-from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
+from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 
 MOVERS = ("weights", "factors", "adapters", "scales", "codebooks", "buckets")
 PACE = {"scale": 10.0, "zero": 10.0}  # how much faster than weights, relative to their own size, these learn
@@ -121,6 +121,22 @@ class Moving(Soft):
             for name, value in _numbers(self.node).items()})
 
 
+class Following(Soft):
+    """A weight that is stored at another site: it has no numbers of its own and moves with its owner."""
+
+    def __init__(self, node: Shared) -> None:
+        super().__init__()
+        self.node = node
+        self.owner: tuple[Soft, ...] = ()  # no submodule: it is trained and saved where it is stored
+
+    def forward(self) -> Tensor:
+        values: Tensor = self.owner[0]() if self.owner else self.node.dense()
+        return values
+
+    def harden(self) -> Node:
+        return Shared(self.node.path, self.owner[0].harden()) if self.owner else self.node
+
+
 class Composed(Soft):
     """An inner node over softened children."""
 
@@ -166,7 +182,8 @@ def soften(leaf: Leaf, moves: frozenset[str], technique: Trainer | None = None,
     soft = walk.node(leaf, "weights")
     if not any(True for _ in soft.parameters()):
         if still:
-            return Fixed(leaf.node)
+            follows = any(isinstance(part, Following) for part in soft.modules())
+            return soft if follows else Fixed(leaf.node)
         what = ", ".join(sorted(moves)) or "this technique"
         raise EditError(f"{leaf.site}: nothing in it moves under {what}")
     return soft
@@ -182,6 +199,8 @@ class _Softening:
         if self.technique is not None and isinstance(node, self.technique.edits):
             return self.technique.soften(leaf, self.generator)
         match node:
+            case Shared():
+                return Following(node)
             case Dense():
                 return Moving(node) if inside in self.moves else Fixed(node)
             case Quantized():

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from rarefy.core.edit import Leaf
 from rarefy.core.errors import RecipeError, did_you_mean
-from rarefy.core.nodes import Dense, Node, Shared
+from rarefy.core.nodes import Dense, Node
 from rarefy.core.nouns import Evidence
-from rarefy.core.tune import MOVERS, Soft, Trainer, soften
+from rarefy.core.tune import MOVERS, Following, Soft, Trainer, soften
 from rarefy.models.map import Site
 from rarefy.training.loop import Advance, Curve, Examples, Gate, Settings, fit, held_out
 from rarefy.training.student import Learning, Objective, Student, Trainable, module_of
@@ -116,6 +116,10 @@ def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, se
         soft = _soft(network, site, trees.get(site.path), tuning, site.path in chosen, generator)
         if soft is not None:
             softs[site.path] = (site, soft)
+    for path, (_, soft) in softs.items():
+        for part in soft.modules():
+            if isinstance(part, Following):
+                _follow(part, path, network, softs)
     own = dict(module.named_parameters())
     params = tuple(path for path, values in own.items()
                    if path not in network.map.by_path and tuning.beside(path, values))
@@ -125,11 +129,17 @@ def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, se
     return Student(module, softs, params, dropout=tuning.dropout, checkpointing=settings.checkpointing)
 
 
+def _follow(part: Following, path: str, network: Trainable, softs: Mapping[str, tuple[Site, Soft]]) -> None:
+    """Let a shared weight move with its owner; one that stands still has no soft tree, and none is needed."""
+    owner = part.node.path
+    if owner not in network.map.by_path or owner == path:
+        raise RecipeError(f"{path}: shares {owner!r}, which is no other weight of the network")
+    part.owner = (softs[owner][1],) if owner in softs else ()
+
+
 def _soft(network: Trainable, site: Site, tree: Node | None, tuning: Tuning, trains: bool,
           generator: torch.Generator) -> Soft | None:
     """The weight of a site in training; None: the original stands there and stays."""
-    if isinstance(tree, Shared):  # follows its owner, to which the network's modules point
-        return None
     entirely = tuning.entirely(site.path)
     if tree is None and not entirely and not (trains and _dense_moves(tuning)):
         return None

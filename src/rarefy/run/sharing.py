@@ -1,0 +1,115 @@
+"""Techniques of scope ``stack``: blocks of a language model or an encoder that share their matrices.
+
+What comes out are trees, ``Shared`` where a block uses another's matrix: the native format stores that
+matrix once, and ``tune`` trains it once, for all blocks that use it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.calibration import observe
+from rarefy.calibration.evidence import Stream
+from rarefy.calibration.examples import Examples
+from rarefy.core.edit import relative_error
+from rarefy.core.errors import EditError
+from rarefy.core.nodes import Dense, Node, Product, Shared, Sum
+from rarefy.core.nouns import Evidence, Receipt
+from rarefy.core.structure import Sharing, Stack
+from rarefy.models.map import Site
+from rarefy.models.model import Model
+from rarefy.models.network import Network
+from rarefy.models.runner import Runner
+
+
+@dataclass(frozen=True, eq=False)
+class SharedLayers:
+    """The trees of all sites that share or are shared, and a receipt for each."""
+
+    trees: dict[str, Node]
+    receipts: tuple[Receipt, ...]
+
+
+def share_layers(model: Model | Network, technique: Sharing, data: Tensor | Examples | None = None, *,
+                 dtype: torch.dtype = torch.float16) -> SharedLayers:
+    """Let blocks of ``model`` share matrices as ``technique`` says.
+
+    data: windows of tokens or examples, where the technique looks at what arrives. dtype: of what is stored.
+    """
+    blocks = model.map.blocks
+    sites = [{site.role: site for site in model.map.in_block(block)} for block in range(blocks)]
+    chosen = [site for block in sites for site in block.values() if technique.chosen(site.role)]
+    if not chosen:
+        raise EditError(f"{model.name}: its blocks have no weights of that kind to share")
+    evidence = _evidence(model, chosen, data) if technique.needs else {}
+    trees: dict[str, Node] = {}
+    receipts: list[Receipt] = []
+    for group in technique.groups(blocks):
+        for role in sites[group[0]]:
+            if technique.chosen(role):
+                _share(model, technique, [sites[block].get(role) for block in group], evidence, dtype, trees,
+                       receipts)
+    return SharedLayers(trees, tuple(receipts))
+
+
+def _share(model: Model | Network, technique: Sharing, sites: list[Site | None],
+           evidence: dict[str, Evidence], dtype: torch.dtype, trees: dict[str, Node],
+           receipts: list[Receipt]) -> None:
+    """One role in one group of blocks."""
+    started = time.perf_counter()
+    first = sites[0]
+    assert first is not None
+    alike = [site for site in sites if site is not None and site.shape == first.shape]
+    if len(alike) != len(sites):
+        raise EditError(f"{first.path}: the blocks that are to share it have other shapes; choose a smaller "
+                        "group")
+    paths = tuple(site.path for site in alike)
+    weights = torch.stack([model.weight(path) for path in paths])
+    matrix, corrections = technique.share(Stack(first.role, paths, weights,
+                                                tuple(evidence.get(path) for path in paths)))
+    owner = Dense(_stored(matrix, dtype, first.path))
+    trees[first.path] = owner
+    for path, correction in zip(paths[1:], corrections, strict=True):
+        shared = Shared(first.path, owner)
+        trees[path] = shared if correction is None else Sum((shared, Product(
+            *(Dense(_stored(factor, dtype, path)) for factor in correction))))
+    seconds = (time.perf_counter() - started) / len(paths)
+    for path, weight in zip(paths, weights, strict=True):
+        seen = evidence.get(path) or Evidence(torch.eye(weight.shape[1]), weight.shape[1])
+        receipts.append(Receipt(path, "layers", weight.numel() * 16, trees[path].bits(),
+                                relative_error(weight, trees[path], seen), seconds,
+                                note="stored for all" if path == paths[0] else f"uses {paths[0]}"))
+
+
+def _stored(values: Tensor, dtype: torch.dtype, path: str) -> Tensor:
+    done = values.to(dtype)
+    if not bool(torch.isfinite(done).all()):
+        raise EditError(f"{path}: the shared matrix overflows {str(dtype).removeprefix('torch.')}; pass "
+                        "dtype=torch.bfloat16")
+    return done
+
+
+def _evidence(model: Model | Network, sites: Iterable[Site], data: Tensor | Examples | None
+              ) -> dict[str, Evidence]:
+    """What arrives at every site in the model as it is."""
+    paths = {site.path for site in sites}
+    if isinstance(model, Network):
+        if not isinstance(data, Examples):
+            raise EditError(f"{model.name}: sharing that fits what arrives needs examples; pass data, or "
+                            "start='average' and rank=0")
+        return observe.inputs(model, data, paths, {})
+    if not isinstance(data, Tensor):
+        raise EditError(f"{model.name}: sharing that fits what arrives needs windows of tokens; pass data, "
+                        "or start='average' and rank=0")
+    stream, found = Stream(Runner(model), data), dict[str, Evidence]()
+    for block in range(model.map.blocks):
+        inside = {site.path for site in model.map.in_block(block)} & paths
+        found |= stream.inputs(block, inside)
+        if block + 1 < model.map.blocks:
+            stream.advance(block)
+    return found
