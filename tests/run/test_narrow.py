@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import rarefy
 from rarefy.calibration.examples import Examples, read_examples
 from rarefy.calibration.removals import removals, work
 from rarefy.core.errors import EditError, ModelError, RecipeError
@@ -269,3 +270,19 @@ def test_residual_is_what_it_was() -> None:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     filtered(Network.from_module(module.eval()), Filters(), Examples(images(4)))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+# ---- in a job
+
+def test_a_job_takes_channels_out_and_clusters_what_is_left(tiny_cnn: Digits, tmp_path: Path) -> None:
+    from rarefy.run.job import Job, compress
+
+    steps = (Step("filters", settings={"ratio": 0.25}), Step("kmeans", settings={"values": 64}))
+    x, y = tiny_cnn.train
+    job = Job(Network.from_module(tiny_cnn.module), tmp_path / "out", target="torch", effort="quick",
+              data=((x[:256], y[:256]),), eval_data=((tiny_cnn.test[0][:128], tiny_cnn.test[1][:128]),),
+              recipe=Recipe("", steps, target="torch", effort="quick"))
+    done = compress(job)
+    again = rarefy.load(tmp_path / "out", into=TinyCNN())
+    assert again.stem[0].weight.shape[0] == 12
+    assert done.receipt["measured"]["float"]["task"]["accuracy"] > 0.9

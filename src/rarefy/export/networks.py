@@ -14,6 +14,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from rarefy.export.native import (
 from rarefy.formats.native import CONFIG, Native, load_native
 from rarefy.models.form import Form
 from rarefy.models.model import Model
+from rarefy.models.narrowed import sized_like
 from rarefy.models.network import Network, map_network
 from rarefy.models.opening import fill, laid_out, network_class, open_any
 
@@ -111,11 +113,24 @@ def _laid_out(folder: Path, held: Native, form: Form, config: Any, into: nn.Modu
         if into is None:
             raise ModelError(f"{folder}: holds a {kind}, whose code is not in it; pass a module of that "
                              f"class, rarefy.load({str(folder)!r}, into={kind}())")
-        return copy.deepcopy(into).float().eval().requires_grad_(False)
+        own = copy.deepcopy(into).float().eval().requires_grad_(False)
+        return sized_like(own, _shapes(own, held))
     maker = network_class(config, form.loader)
     pooler = any("pooler." in path for path in held.trees)
     module: nn.Module = laid_out(config, maker, str(held.config.get("name")), pooler=pooler)
     return module
+
+
+def _shapes(module: nn.Module, held: Native) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that a folder holds, as layers have them: channels may have been taken out."""
+    found = {path: tuple(values.shape) for path, values in held.params.items()}
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for path, tree in held.trees.items():
+        shape, kernel = tree.shape, tuple(own[path].shape[2:]) if path in own else ()
+        if kernel:
+            shape = (shape[0], shape[1] // prod(kernel), *kernel)
+        found[path] = shape
+    return found
 
 
 def _form(folder: Path, said: Any) -> Form:

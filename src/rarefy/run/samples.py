@@ -28,6 +28,8 @@ from rarefy.models.map import Site
 from rarefy.models.network import Network
 from rarefy.models.runner import Override
 from rarefy.run.effort import Effort
+from rarefy.run.narrow import narrowed
+from rarefy.run.planning import structures
 from rarefy.run.progress import Progress, Stage
 from rarefy.run.recipe import split
 from rarefy.run.subject import Pace, Subject
@@ -121,10 +123,14 @@ class Samples:
     def reshaped(self, recipe: Recipe, effort: Effort, data: Shown, advance: Advance
                  ) -> tuple[Subject, tuple[Receipt, ...]]:
         whole = split(recipe.steps)[0]
-        if whole:
-            raise RecipeError(f"{whole[0].technique}: works on causal language models, and "
+        wrong = [step for step in whole if step.technique not in structures()]
+        if wrong:
+            raise RecipeError(f"{wrong[0].technique}: works on causal language models, and "
                               f"{self.opened.name} is none; leave the step out")
-        return self, ()
+        if not whole:
+            return self, ()
+        done = narrowed(self.opened, recipe, data.calibration, advance)
+        return Samples(done.network), done.receipts
 
     def survey(self, data: Shown, effort: Effort, generator: torch.Generator, advance: Advance
                ) -> Iterator[Seen]:

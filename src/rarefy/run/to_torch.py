@@ -128,7 +128,7 @@ class Torch:
 
     def reopened(self, subject: Subject, path: Path) -> Subject:
         own = subject.opened
-        back = opened(path, own.module if isinstance(own, Network) and own.config is None else None)
+        back = opened(path, own.module if isinstance(own, Network) else None)
         return Language(back) if isinstance(back, Model) else Samples(back)
 
     def prove(self, subject: Subject, path: Path, data: Any, effort: Effort, stage: Stage) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Layers:
                 W = stack.weights[0].double()
             case _:
                 total = sum(W_l.double() @ G for W_l, G in zip(stack.weights, moments, strict=True))
-                W = torch.linalg.solve(sum(moments), total.T).T  # type: ignore[arg-type, union-attr]
+                W = torch.linalg.solve(sum(moments), total.T).T
         if not self.rank:
             return W.float(), (None,) * (len(stack.sites) - 1)
         return W.float(), tuple(self._correction(W_l.double() - W, G)
