@@ -202,9 +202,12 @@ def order(examples: Examples, batch: int, seed: int, epoch: int) -> Tensor:
 
 def held_out(task: Task, examples: Examples, batch: int = 64) -> Gate:
     """The gate that is the mean loss on ``examples``."""
+    lengths = examples.lengths()
+    numbers = torch.arange(len(examples)) if lengths is None else lengths.argsort(stable=True)
+
     def judge() -> float:
         total = units = 0.0
-        for index in torch.arange(len(examples)).split(batch):
+        for index in numbers.split(batch):
             loss = task(_moved(examples.batch(index), _device(task)))
             total, units = total + float(loss.total), units + float(loss.units)
         return total / max(units, 1.0)
