@@ -67,7 +67,7 @@ def matrices(out: int, columns: int) -> Iterator[tuple[str, float, Matrix]]:
     for bits, group, kind in ((8, 0, "int8"), (4, 32, "int4")):
         found = fit(weight, torch.ones(columns), integer_grid(bits, group))
         node = Quantized.of(encode(weight, found), found)
-        yield kind, 0.0, runtime._integers(node, None)[0].build()
+        yield kind, 0.0, runtime._integers(node, None, runtime.ONE)[0].build()
     for share in SHARES:
         rank = max(1, round(share * out * columns / (out + columns)))
         yield "low rank", share, Factors(Whole(torch.randn(out, rank)), Whole(torch.randn(rank, columns)))
@@ -140,20 +140,29 @@ Times = dict[tuple[str, float], dict[int, float]]
 Points = dict[str, list[tuple[float, float]]]
 
 
-def constants(times: Times, points: Points) -> Iterator[tuple[str, float, str]]:
-    """Name, constant, and in words where it breaks even."""
-    for kind in ("int8", "int4"):
-        value = mean(list(times[kind, 0.0].values()))
-        yield kind, value, "always" if value < 1 else "never"
-    for kind in ("low rank", "sparse", "blocks of 16", "blocks of 4"):
-        slope = mean([mean(list(by.values())) / share for (name, share), by in times.items() if name == kind])
-        yield kind, slope, f"{min(1, 1 / slope):.0%} kept"
-    narrow = statistics.mean(mean(list(by.values())) - share for (name, share), by in times.items()
-                             if name == "rows and columns")
-    yield "rows and columns, beside what is kept", narrow, f"{1 - narrow:.0%} kept"
+def constants(times: Times) -> Iterator[tuple[str, str, str]]:
+    """Kind, constant and break-even point for one token and for many."""
+    for kind in ("int8", "int4", "low rank", "sparse", "blocks of 4", "blocks of 16", "rows and columns"):
+        cells = []
+        for tokens in (TOKENS[0], TOKENS[-1]):
+            found = [(share, by[tokens]) for (name, share), by in times.items() if name == kind]
+            if kind in ("int8", "int4"):
+                cells.append(f"{found[0][1]:.2f}, {'faster' if found[0][1] < 1 else 'slower'}")
+            elif kind == "rows and columns":
+                beside = statistics.mean(time - share for share, time in found)
+                cells.append(f"{beside:.2f} beside what is kept, {1 - beside:.0%}")
+            else:
+                slope = mean([time / share for share, time in found])
+                cells.append(f"{slope:.2f}, {min(1, 1 / slope):.0%}")
+        yield kind, *cells
+
+
+def chains(points: Points) -> Iterator[tuple[str, ...]]:
+    """Kind, share and time at every shape, the constant and the break-even point."""
     for kind, found in points.items():
         slope = mean([time / share for share, time in found])
-        yield f"convolutions, {kind}", slope, f"{1 / slope:.0%} of the multiplications"
+        yield (kind, *(f"{share:.2f}: {time:.2f}" for share, time in found), f"{slope:.2f}",
+               f"{min(1, 1 / slope):.0%}")
 
 
 def parts(times: Times, points: Points) -> list[str]:
@@ -162,20 +171,20 @@ def parts(times: Times, points: Points) -> list[str]:
     head = ["kernel", "kept", *(f"{tokens} token{'s' * (tokens > 1)}" for tokens in TOKENS), "mean"]
     rows = [[kind, f"{share:.0%}" if share else "all", *(f"{by[tokens]:.2f}" for tokens in TOKENS),
              f"{mean(list(by.values())):.2f}"] for (kind, share), by in sorted(times.items())]
-    chains = [[kind, *(f"{share:.2f}: {time:.2f}" for share, time in found)]
-              for kind, found in points.items()]
     columns = [f"{channels} channels, {size} x {size}" for channels, _, size in CONVS for _ in SHARES]
     return [
         "Time of a product with a compressed weight as a share of the time of the dense product in float32: "
         f"below 1 is faster. Geometric means over weights of {shapes}; threads: {torch.get_num_threads()}. "
         "*Kept*: of the weights; of low rank, the share of the multiplications. int8 rounds activations to 8 "
         "bits as well, int4 computes in bfloat16, in groups of 32.", table(head, rows),
-        "Convolutions of 3 x 3, over one picture and eight: share of the multiplications, and of the time.",
-        table(["chain", *columns], chains),
-        "## What follows\n\nTime is about the constant times what is kept. `rarefy.runtimes.torch` takes the "
-        "kernel where that is below 1, and else expands the weight once and says so.",
-        table(["", "constant", "breaks even at"],
-              [[name, f"{value:.2f}", text] for name, value, text in constants(times, points)])]
+        "## What follows\n\nTime is about a constant times what is kept. `rarefy.runtimes.torch` takes the "
+        "kernel where that is below 1, and else expands the weight once and says so. The constant, and what "
+        "is kept where it breaks even:",
+        table(["kernel", *(f"{tokens} token{'s' * (tokens > 1)}" for tokens in (TOKENS[0], TOKENS[-1]))],
+              constants(times)),
+        "## Convolutions\n\nWindows of 3 x 3, one picture and eight: share of the multiplications and of the "
+        "time, the constant, and the share of the multiplications where it breaks even.",
+        table(["chain", *columns, "constant", "breaks even at"], chains(points))]
 
 
 def main() -> None:

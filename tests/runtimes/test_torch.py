@@ -116,19 +116,31 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 def test_a_linear_computes_with_its_tree(name: str, bias: bool) -> None:
     node, tolerance, how = LINEAR[name]
     plain = nn.Linear(IN, node.shape[0], bias=bias)
-    module, said = lower(node, copy.deepcopy(plain))
+    tokens = 1 if how.startswith("int4") else 128
+    module, said = lower(node, copy.deepcopy(plain), tokens=tokens)
     assert how in said
     offset = None if plain.bias is None else plain.bias.detach()
     for shape in ((1, IN), (5, IN), (2, 9, IN), (40, IN)):
         x = normal(*shape, seed=1)
         with torch.no_grad():
             close(module(x), nn.functional.linear(x, node.dense(), offset), tolerance or 1e-6)
-    exact, said = lower(node, copy.deepcopy(plain), exact=True)
+    exact, said = lower(node, copy.deepcopy(plain), exact=True, tokens=tokens)
     with torch.no_grad():
         close(exact(x), nn.functional.linear(x, node.dense(), offset), EXACT)
         close(copy.deepcopy(module)(x), module(x), 0)
         close(module.weight, node.dense(), max(tolerance, 1e-6))
     assert "int" not in said
+
+
+def test_what_is_faster_depends_on_how_many_tokens_come() -> None:
+    for name, one, many in (("int4", "int4", EXPANDED), ("int8 per row", "int8", "int8"),
+                            ("low rank", "two products", "two products")):
+        node = LINEAR[name][0]
+        assert one in lower(node, nn.Linear(IN, OUT))[1]
+        assert many in lower(node, nn.Linear(IN, OUT), tokens=128)[1]
+    network = nn.Sequential(nn.Linear(IN, OUT))  # does not generate, so many are meant
+    assert attach(network, {"0.weight": LINEAR["int4"][0]}) == {"0.weight": EXPANDED}
+    assert "int4" in attach(network, {"0.weight": LINEAR["int4"][0]}, tokens=1)["0.weight"]
 
 
 def test_conv1d_of_transformers_is_transposed() -> None:
@@ -234,7 +246,7 @@ class Tied(nn.Module):
 def test_a_tie_stays_a_tie(name: str) -> None:
     node, tolerance, how = LINEAR[name]
     network, ids = Tied(), torch.tensor([[3, 1, 4]])
-    said = attach(network, {"embed.weight": node})["embed.weight"]
+    said = attach(network, {"embed.weight": node}, tokens=1)["embed.weight"]
     with torch.no_grad():
         close(network(ids), nn.functional.linear(node.dense()[ids], node.dense()), tolerance)
     assert said == AS_IS if how == AS_IS else said.startswith(f"embed: {LOOKED_UP}; head: {how}")

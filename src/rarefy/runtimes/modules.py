@@ -22,7 +22,7 @@ from rarefy.core.nodes import Node
 from rarefy.core.tensors import TensorTrain
 
 TINY = 1e-30
-CHUNK = 1 << 18  # weights of a hashed matrix that exist at once
+CHUNK = 1 << 17  # weights of a hashed matrix that exist at once, so that they stay in cache
 FEW = 8  # tokens up to which a sparse matrix is read by rows, without tokens as columns
 BLOCK_TOKENS = 16  # tokens that the block-sparse kernel works on at once; it falls off a cliff in between
 

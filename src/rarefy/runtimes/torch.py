@@ -7,7 +7,8 @@ A weight that is smaller on disk is not faster by itself. ``lower`` estimates th
 with a tree, as a share of the time that the expanded weight takes, and takes the shortest: low rank is two
 thin products, Tucker and CP are three and four small convolutions, what is left of a mask is a smaller dense
 or a sparse product, integer codes run in integer kernels. Where none is faster the weight is expanded, once,
-when loading, and the string that comes back says so. The constants are measured by ``benchmarks/kernels.py``.
+when loading, and the string that comes back says so. Which is faster depends on how many tokens a call has:
+one where text is generated, many in all other networks. The times are measured by ``benchmarks/kernels.py``.
 
 Two kernels round on the way (``exact=True`` leaves them out): 8-bit codes also round the activations to 8
 bits, which moves a layer's output by about 1%; 4-bit codes compute in bfloat16, about 0.3%.
@@ -15,9 +16,10 @@ bits, which moves a layer's output by about 1%; 4-bit codes compute in bfloat16,
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,28 @@ from rarefy.runtimes.modules import (
     Whole,
 )
 
-# Time of a kernel as a share of the dense one's, over 1, 16 and 128 tokens: docs/benchmarks/kernels.md
-INT8, INT4 = 0.38, 0.86
-LOW_RANK = 1.0                      # times the share of the multiplications
-SPARSE, BLOCK_SPARSE = 4.4, 3.8     # times the density
-NARROW = 0.05                       # beside the share: picking inputs and placing outputs
-TWO_CONVS, THREE_CONVS, CP_CONVS = 1.4, 1.5, 2.5  # times the share of the multiplications
-BLOCK = 4                           # side of the tiles; larger ones are slower
+BLOCK = 4  # side of the tiles; larger ones are slower
+TWO_CONVS, THREE_CONVS, CP_CONVS = 1.28, 1.37, 2.23  # as below, times the share of the multiplications
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of kernels as shares of the dense product's, as docs/benchmarks/kernels.md has them.
+
+    low_rank: times the share of the multiplications. sparse, blocks: times the density. narrow: picking
+    inputs and placing outputs, beside the share of rows and columns.
+    """
+
+    int8: float
+    int4: float
+    low_rank: float
+    sparse: float
+    blocks: float
+    narrow: float
+
+
+ONE = Speed(int8=0.68, int4=0.44, low_rank=0.9, sparse=5.0, blocks=4.8, narrow=0.02)     # token in a call
+MANY = Speed(int8=0.23, int4=1.93, low_rank=1.07, sparse=4.65, blocks=3.4, narrow=0.09)  # 128
 
 AS_IS = "as it is"
 EXPANDED = "expanded once: smaller on disk, not faster"
@@ -69,13 +86,18 @@ class _Way:
     build: Callable[[], Any]
 
 
-def attach(network: nn.Module, trees: Mapping[str, Node], *, exact: bool = False) -> dict[str, str]:
+def attach(network: nn.Module, trees: Mapping[str, Node], *, exact: bool = False,
+           tokens: int | None = None) -> dict[str, str]:
     """Put trees in the place of a network's weights, each in its fastest way; says how, by path.
 
     ``network`` is changed: pass a copy to keep it. trees: by the path of the parameter, as in
     ``model.layers.0.mlp.up_proj.weight``; where modules share a parameter, all of them get the tree. exact:
-    leave out kernels that round on the way.
+    leave out kernels that round on the way. tokens: that a call mostly has; None: 1 for a network of
+    transformers that generates text, else many.
     """
+    if tokens is None:
+        tokens = 1 if getattr(network, "can_generate", lambda: False)() else 128
+    speed = _speed(exact, tokens)
     owners: dict[int, list[tuple[str, str]]] = {}
     for name, module in network.named_modules():
         for key, value in module._parameters.items():
@@ -86,11 +108,11 @@ def attach(network: nn.Module, trees: Mapping[str, Node], *, exact: bool = False
     if missing:
         raise TargetError(f"{missing[0]}: the network has no such parameter"
                           f"{did_you_mean(missing[0], list(known))}")
-    return {path: _attach(network, path, tree, owners[id(known[path])], exact)
+    return {path: _attach(network, path, tree, owners[id(known[path])], speed)
             for path, tree in trees.items()}
 
 
-def _attach(network: nn.Module, path: str, tree: Node, places: list[tuple[str, str]], exact: bool) -> str:
+def _attach(network: nn.Module, path: str, tree: Node, places: list[tuple[str, str]], speed: Speed) -> str:
     """One tree in all the modules that own the parameter of that path."""
     hows, shared = [], None
     for name, key in places:
@@ -98,7 +120,7 @@ def _attach(network: nn.Module, path: str, tree: Node, places: list[tuple[str, s
         parent = network.get_submodule(name.rpartition(".")[0])
         # the root has no place to be replaced in; torch's own encoder layer hands the weights themselves on
         fixed = key != "weight" or not name or isinstance(parent, nn.TransformerEncoderLayer)
-        way = None if fixed else _way_of(tree, module, exact)
+        way = None if fixed else _way_of(tree, module, speed)
         if way is None or way.how in (AS_IS, EXPANDED):
             values = _laid_out(tree, module, key, path) if shared is None else shared
             shared = values if isinstance(module, nn.Linear | nn.Embedding) else shared  # a tie stays a tie
@@ -111,38 +133,44 @@ def _attach(network: nn.Module, path: str, tree: Node, places: list[tuple[str, s
                                                            in zip(places, hows, strict=True))
 
 
-def lower(node: Node, module: nn.Module, *, exact: bool = False) -> tuple[nn.Module, str]:
+def lower(node: Node, module: nn.Module, *, exact: bool = False, tokens: int = 1) -> tuple[nn.Module, str]:
     """A module that computes what ``module`` would with the weight that ``node`` stands for, and how it does.
 
     module: Linear, a convolution, Embedding or transformers' Conv1D; its bias, strides and padding are kept.
     """
     holder = nn.ModuleDict({"it": module})
-    how = _attach(holder, "weight", node, [("it", "weight")], exact)
+    how = _attach(holder, "weight", node, [("it", "weight")], _speed(exact, tokens))
     return holder["it"], how
 
 
 def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype = torch.float32,
-         exact: bool = False) -> Any:
+         exact: bool = False, tokens: int | None = None) -> Any:
     """The network in a native folder, a ``.gguf`` file or any other model, run by the fastest kernels.
 
-    into: as for ``export.networks.opened``.
+    into: as for ``export.networks.opened``. exact, tokens: as for ``attach``.
     """
     from rarefy.export.networks import live, opened, stored_trees
 
     model = opened(ref, into)
     network = live(model, dtype).requires_grad_(False)
-    network.lowered = attach(network, stored_trees(model), exact=exact)
+    network.lowered = attach(network, stored_trees(model), exact=exact, tokens=tokens)
     return network
 
 
 # ---- the ways of a module
 
-def _way_of(node: Node, module: Any, exact: bool) -> _Way | None:
+def _speed(exact: bool, tokens: int) -> Speed:
+    """The times for so many tokens; an exact network never takes the kernels that round."""
+    speed = ONE if tokens < 16 else MANY
+    return replace(speed, int8=math.inf, int4=math.inf) if exact else speed
+
+
+def _way_of(node: Node, module: Any, speed: Speed) -> _Way | None:
     """The fastest way of a tree in the place of a module; None where only an expanded weight will do."""
     node = _inside(node)
     kind = type(module)
     if kind is nn.Linear or kind.__name__ == "Conv1D":  # transformers' own, with the weight transposed
-        way = _matrix(node, exact)
+        way = _matrix(node, speed)
         return _Way(way.time, way.how, lambda: Linear(way.build(), module.bias, node.shape))
     if kind is nn.Embedding or kind.__name__.endswith("ScaledWordEmbedding"):
         return _rows(node, module)
@@ -186,53 +214,53 @@ def _laid_out(tree: Node, module: nn.Module, key: str, path: str) -> nn.Paramete
 
 # ---- matrices
 
-def _matrix(node: Node, exact: bool) -> _Way:
+def _matrix(node: Node, speed: Speed) -> _Way:
     """The fastest way of ``y = W x``. A whole matrix wins where nothing is faster."""
     ways = [_whole(node)]
     match node:
         case Shared(of=of):
-            return _matrix(of, exact)
+            return _matrix(of, speed)
         case Product(left=left, right=right):
-            ways.append(_low_rank(left, right, exact))
+            ways.append(_low_rank(left, right, speed))
         case Sum(terms=terms):
-            parts = [_matrix(term, exact) for term in terms]
+            parts = [_matrix(term, speed) for term in terms]
             how = " + ".join(part.how for part in parts)
             ways.append(_Way(sum(part.time for part in parts), how,
                              lambda: Total([part.build() for part in parts])))
-        case Masked(keep=keep, inner=Quantized() as inner) if not exact and inner.zero is None:
-            ways += [*_integers(inner, keep), _sparse(node, keep)]
+        case Masked(keep=keep, inner=Quantized() as inner) if inner.zero is None:
+            ways += [*_integers(inner, keep, speed), _sparse(node, keep, speed)]
         case Masked(keep=keep):
-            ways.append(_sparse(node, keep))
-        case Quantized() if not exact:
-            ways += _integers(node, None)
+            ways.append(_sparse(node, keep, speed))
+        case Quantized():
+            ways += _integers(node, None, speed)
         case Hashed():  # always: the matrix may not fit
             return _Way(0.0, HASHED, lambda: HashedRows(node))
         case TensorTrain():
-            ways.append(_Way(LOW_RANK * _train_share(node), "tensor train: one small product per digit",
+            ways.append(_Way(speed.low_rank * _train_share(node), "tensor train: one small product per digit",
                              lambda: Train(node)))
     return min(ways, key=lambda way: way.time)
 
 
-def _low_rank(left: Node, right: Node, exact: bool) -> _Way:
+def _low_rank(left: Node, right: Node, speed: Speed) -> _Way:
     (out, rank), columns = left.shape, right.shape[1]
-    first, second = _matrix(right, exact), _matrix(left, exact)
+    first, second = _matrix(right, speed), _matrix(left, speed)
     time = (rank * columns * first.time + out * rank * second.time) / (out * columns)
     hows = [way.how for way in (first, second) if way.how not in (AS_IS, EXPANDED)]
     how = f"two products of rank {rank}" + (f" ({'; '.join(dict.fromkeys(hows))})" if hows else "")
-    return _Way(LOW_RANK * time, how, lambda: Factors(second.build(), first.build()))
+    return _Way(speed.low_rank * time, how, lambda: Factors(second.build(), first.build()))
 
 
-def _sparse(node: Node, keep: Tensor) -> _Way:
+def _sparse(node: Node, keep: Tensor, speed: Speed) -> _Way:
     """What a mask leaves: fewer rows and columns, or few entries."""
     rows, columns = keep.any(1).nonzero().view(-1), keep.any(0).nonzero().view(-1)
     inner = keep[rows][:, columns]
     if not inner.numel():
-        return _Way(NARROW, "nothing is kept: zeros", lambda: Narrow(Whole(torch.zeros(0, 0)), rows, columns,
-                                                                      keep.shape[0]))
+        return _Way(speed.narrow, "nothing is kept: zeros",
+                    lambda: Narrow(Whole(torch.zeros(0, 0)), rows, columns, keep.shape[0]))
     density = float(inner.float().mean())
     blocked = all(each % BLOCK == 0 for each in (*tile_of(inner), *inner.shape))
     how = f"{f'blocks of {BLOCK} x {BLOCK}' if blocked else 'sparse'}, {density:.0%} kept"
-    time = density * (BLOCK_SPARSE if blocked else SPARSE)
+    time = density * (speed.blocks if blocked else speed.sparse)
     time = min(1.0, time) if torch.backends.mkl.is_available() else 1.0
 
     def build() -> Matrix:
@@ -245,20 +273,21 @@ def _sparse(node: Node, keep: Tensor) -> _Way:
         return _Way(time, how, build)
     share = inner.numel() / keep.numel()
     narrow = f"{inner.shape[0]} x {inner.shape[1]} of {keep.shape[0]} x {keep.shape[1]}"
-    return _Way(NARROW + share * time, f"{narrow}, {how}" if time < 1 else f"dense, {narrow}",
+    return _Way(speed.narrow + share * time, f"{narrow}, {how}" if time < 1 else f"dense, {narrow}",
                 lambda: Narrow(build(), rows, columns, keep.shape[0]))
 
 
-def _integers(node: Quantized, keep: Tensor | None) -> list[_Way]:
+def _integers(node: Quantized, keep: Tensor | None, speed: Speed) -> list[_Way]:
     """The integer kernels that can run these codes; what a mask drops becomes the code of zero."""
     out, columns = node.shape
     levels, group = node.grid.levels, node.grid.group or columns
     ways = []
     if group == columns and _has_int8() and (code := _int8_codes(node, keep)) is not None:
-        ways.append(_Way(INT8, "int8: activations rounded to 8 bits as well", lambda: Int8(*code)))
+        ways.append(_Way(speed.int8, "int8: activations rounded to 8 bits as well", lambda: Int8(*code)))
     if (group in (32, 64, 128, 256) and out % 16 == 0 and node.grid.uniform and len(levels) <= 16
             and (keep is None or (levels[0] >= -8 and levels[-1] <= 7 and 0.0 in levels)) and _has_int4()):
-        ways.append(_Way(INT4, "int4 in bfloat16: fast for few tokens", lambda: _int4(node, keep, group)))
+        how = "int4 in bfloat16: fast for few tokens"
+        ways.append(_Way(speed.int4, how, lambda: _int4(node, keep, group)))
     return ways
 
 
@@ -395,4 +424,4 @@ def _narrow_conv(node: Node, keep: Tensor, conv: Any) -> list[_Way]:
 
     how = (f"dense, {filters.numel()} of {conv.out_channels} filters, "
            f"{channels.numel()} of {conv.in_channels} channels")
-    return [_Way(NARROW + share, how, build)]
+    return [_Way(MANY.narrow + share, how, build)]
