@@ -43,7 +43,7 @@ def test_compress_makes_the_job_that_was_typed(cli: Any, asked: list[Job], tmp_p
     assert done.exit_code == 0, done.stderr
     (job,) = asked
     assert job.command.startswith("rarefy")
-    assert job == Job("some/model", tmp_path / "out", "60%", 0.1, "llama.cpp", "quick", ("a.txt", "b"),
+    assert job == Job("some/model", tmp_path / "out", "60%", 0.1, "auto", "quick", ("a.txt", "b"),
                       ("c.txt",), 7, True, True, job.command)
 
 
@@ -104,7 +104,7 @@ def test_plan_shows_roles_tensors_or_json(cli: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(jobs, "plan", lambda job, progress: planned())
     text = cli("plan", "m", "--to", "160MB").stdout
     assert re.search(r"down +18 +23\.6M +13\.2 MB +4\.47 +0\.0078 +13 IQ4_NL, 3 Q3_K", text)
-    assert text.endswith("gemma-3-270m would take 159.7 MB, 3.4× smaller than 543 MB in F16; "
+    assert text.endswith("gemma-3-270m would take 159.7 MB, 3.4× smaller than 543 MB uncompressed; "
                          "predicted mean KL 0.0874 nats per token (very close).\n")
     every = cli("plan", "m", "--to", "160MB", "--tensors").stdout
     assert every.count("model.layers.") == 7 * 18

@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 @guarded
 def compress(
-    model: Model, *, to: To = None, max_kl: MaxKl = None, target: Target = "llama.cpp",
+    model: Model, *, to: To = None, max_kl: MaxKl = None, target: Target = "auto",
     effort: Effort = Efforts.balanced, data: Data = None, eval_data: EvalData = None, seed: Seed = 0,
     dequantize: Dequantize = False, out: Out, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:

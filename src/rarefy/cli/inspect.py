@@ -12,7 +12,8 @@ from rarefy.cli.terminal import bar, dump, guarded, show, table
 from rarefy.report import words
 
 if TYPE_CHECKING:
-    from rarefy.models.model import Model as Opened
+    from rarefy.models.model import Model as Language
+    from rarefy.models.network import Network
 
 SIZES = (8.5, 6.5, 4.5, 3.5, 2.5)  # bits per weight of the whole file
 
@@ -20,25 +21,29 @@ SIZES = (8.5, 6.5, 4.5, 3.5, 2.5)  # bits per weight of the whole file
 @guarded
 def inspect(model: Model, dequantize: Dequantize = False, as_json: Json = False) -> None:
     """Show what a model holds, where its bytes are, and which formats its rows fit."""
-    from rarefy.models.model import open_model
+    from rarefy.models.opening import open_any
 
-    found = facts(open_model(model, dequantize=dequantize))
+    found = facts(open_any(model, dequantize=dequantize))
     if as_json:
         dump(found)
         return
     _head(found)
     _parts("By role", found["roles"], found["bytes"])
-    _blocks(found["blocks"], found["bytes"])
-    _formats(found["formats"])
+    if found["blocks"]:
+        _blocks(found["blocks"], found["bytes"])
     sizes = ", ".join(f"{words.size(s['bytes'])} at {s['bits_per_weight']:g} bpw" for s in found["sizes"])
     gguf = found["gguf"]
+    if gguf is None:
+        show(f"\nWhole exports: {sizes}.")
+        return
+    _formats(found["formats"])
     show(f"\nA llama.cpp file of it takes {words.size(gguf['f16'])} in F16, and at least "
          f"{words.size(gguf['smallest'])}; {words.size(gguf['fixed'])} of that is tokenizer, norms and "
          "header.\n"
          f"Whole files: {sizes}.")
 
 
-def facts(model: Opened) -> dict[str, Any]:
+def facts(model: Language | Network) -> dict[str, Any]:
     """Everything that ``inspect`` shows, as plain data. Bytes are those in the model's own files."""
     sites, params = model.map.sites, model.map.params
     parts: list[Any] = [*sites, *params]
@@ -59,11 +64,20 @@ def facts(model: Opened) -> dict[str, Any]:
     inside = [model.map.in_block(index) for index in range(model.map.blocks)]
     blocks = [{"block": index, "weights": sum(prod(site.shape) for site in members),
                "bytes": sum(held[site.path] for site in members)} for index, members in enumerate(inside)]
-    return {"model": model.name, "family": model.map.family.name, "parameters": model.parameters,
+    return {"model": model.name, "parameters": model.parameters,
             "weights": weights, "tied": model.map.tied, "bytes": total,
             "file_bytes": sum(path.stat().st_size for path in model.source.files()) or total,
-            "roles": roles, "blocks": blocks, "formats": _fits(model), "gguf": _range(model),
+            "roles": roles, "blocks": blocks, **_kind(model),
             "sizes": [{"bits_per_weight": bits, "bytes": int(model.parameters * bits / 8)} for bits in SIZES]}
+
+
+def _kind(model: Language | Network) -> dict[str, Any]:
+    """What is known of one kind of network only; llama.cpp runs language models."""
+    from rarefy.models.model import Model
+
+    if isinstance(model, Model):
+        return {"family": model.map.family.name, "formats": _fits(model), "gguf": _range(model)}
+    return {"family": getattr(model.config, "model_type", ""), "formats": [], "gguf": None}
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -78,11 +92,11 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return prod(shape) * kind.itemsize
 
 
-def _stored(model: Opened, parts: Iterable[Any]) -> list[str]:
+def _stored(model: Language | Network, parts: Iterable[Any]) -> list[str]:
     return sorted({model.source.dtype(part.path) for part in parts})
 
 
-def _fits(model: Opened) -> list[dict[str, Any]]:
+def _fits(model: Language) -> list[dict[str, Any]]:
     """For each row length: who has it and which of llama.cpp's quantized formats can store it."""
     from rarefy.export.gguf import LLAMA_CPP, loadable
     from rarefy.formats.ggml import CODECS
@@ -101,7 +115,7 @@ def _fits(model: Opened) -> list[dict[str, Any]]:
     return rows
 
 
-def _range(model: Opened) -> dict[str, int]:
+def _range(model: Language) -> dict[str, int]:
     """Bytes of a llama.cpp file with every tensor in its smallest format, and in F16."""
     from rarefy.export.gguf import fixed_bytes, loadable, site_bytes
 
@@ -113,6 +127,8 @@ def _range(model: Opened) -> dict[str, int]:
 
 def _head(found: dict[str, Any]) -> None:
     tie = "embedding and head are one matrix" if found["tied"] else "embedding and head are two matrices"
+    if found["gguf"] is None:
+        tie = "some weights are shared" if found["tied"] else "no weight is shared"
     show(f"{found['model']}: {found['family']}, {words.count(found['parameters'])} parameters, "
          f"{len(found['blocks'])} blocks, {words.size(found['file_bytes'])} on disk; {tie}\n")
 

@@ -21,7 +21,8 @@ class Efforts(StrEnum):
 
 Model = Annotated[str, typer.Argument(
     metavar="MODEL", show_default=False,
-    help="A folder with safetensors, a .gguf file, a Hugging Face id, or the built-in gemma-3-270m.")]
+    help="A folder with safetensors, a .gguf file, a Hugging Face id, or the built-in gemma-3-270m or "
+         "all-minilm-l6-v2.")]
 To = Annotated[str | None, typer.Option(
     "--to", metavar="SIZE", rich_help_panel=BUDGET, show_default=False,
     help="Size of the whole exported file: 160MB, 60% (of the original's), or 4.5bpw (bits per weight).")]
@@ -29,15 +30,18 @@ MaxKl = Annotated[float | None, typer.Option(
     "--max-kl", metavar="NATS", rich_help_panel=BUDGET, show_default=False,
     help="Bound on the mean KL to the original per token. Alone: the smallest file that keeps it.")]
 Target = Annotated[str, typer.Option(
-    "--for", metavar="TARGET", rich_help_panel=BUDGET, help="The runtime that will load the file.")]
+    "--for", metavar="TARGET", rich_help_panel=BUDGET,
+    help="What will load the export: llama.cpp, torch, or auto (llama.cpp for language models, torch for the "
+         "rest).")]
 Effort = Annotated[Efforts, typer.Option("--effort", rich_help_panel=WORK, help="How long it may take.")]
 Data = Annotated[list[str] | None, typer.Option(
-    "--data", metavar="TEXT", rich_help_panel=WORK, show_default=False,
-    help="Calibration text: a file, a folder, python-docs, or self (the model's own samples, the default). "
-         "Repeat for several.")]
+    "--data", metavar="DATA", rich_help_panel=WORK, show_default=False,
+    help="To calibrate on. Language models: a text file, a folder, python-docs, or self (the model's own "
+         "samples, the default). Encoders: a .tsv or .csv with the columns sentence and label, or sentences "
+         "a line each. Images: .npz, idx files, a folder of folders. Repeat for several.")]
 EvalData = Annotated[list[str] | None, typer.Option(
-    "--eval-data", metavar="TEXT", rich_help_panel=WORK, show_default=False,
-    help="Text to measure on; must not overlap the calibration text. Repeat for several.")]
+    "--eval-data", metavar="DATA", rich_help_panel=WORK, show_default=False,
+    help="To measure on; must not overlap the calibration data. Repeat for several.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, rich_help_panel=WORK, help="Same seed, same file.")]
 Dequantize = Annotated[bool, typer.Option(
     "--dequantize", rich_help_panel=WORK,

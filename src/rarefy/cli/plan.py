@@ -23,6 +23,7 @@ from rarefy.cli.options import (
 from rarefy.cli.progress import progress
 from rarefy.cli.terminal import dump, finite, guarded, show, table
 from rarefy.report import words
+from rarefy.report.answers import KINDS
 from rarefy.report.page import by_role
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @guarded
 def plan(
-    model: Model, to: To = None, max_kl: MaxKl = None, target: Target = "llama.cpp",
+    model: Model, to: To = None, max_kl: MaxKl = None, target: Target = "auto",
     effort: Effort = Efforts.balanced, data: Data = None, eval_data: EvalData = None, seed: Seed = 0,
     dequantize: Dequantize = False,
     tensors: Annotated[bool, typer.Option("--tensors", rich_help_panel=SHOWN,
@@ -54,8 +55,8 @@ def plan(
         _roles(planned)
     smaller = words.times(planned.original_bytes / planned.predicted_bytes)
     show(f"\n{planned.model.name} would take {words.size(planned.predicted_bytes)}, {smaller} smaller than "
-         f"{words.size(planned.original_bytes)} in F16; predicted mean KL "
-         f"{words.nats(planned.predicted_kl)} nats per token ({words.band(planned.predicted_kl)[0]}).")
+         f"{words.size(planned.original_bytes)} uncompressed; predicted "
+         f"{KINDS[planned.answers].told(planned.predicted_kl)}.")
 
 
 def facts(planned: Planned) -> dict[str, Any]:

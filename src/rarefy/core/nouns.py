@@ -182,7 +182,7 @@ class Recipe:
 
     model: str
     steps: tuple[Step, ...]
-    target: str = "llama.cpp"
+    target: str = "auto"
     effort: str = "balanced"
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()

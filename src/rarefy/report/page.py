@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.report import words
+from rarefy.report.answers import Answers, answers_of, plain
 from rarefy.report.mosaic import mosaic
 from rarefy.report.ruler import Reading, ruler
 from rarefy.report.verdict import file_bytes, final, runtime_name, verdict
@@ -58,22 +59,23 @@ def render(receipt: dict[str, Any]) -> str:
 def view(receipt: dict[str, Any]) -> dict[str, Any]:
     """Everything that the template prints, computed from the receipt."""
     plan, model = receipt.get("plan") or [], receipt.get("model") or {}
-    tied, weight = bool(model.get("tied")), file_bytes(receipt)
+    tied, weight, kind = bool(model.get("tied")), file_bytes(receipt), answers_of(receipt)
     measured = receipt.get("measured") or {}
     return {
         "receipt": receipt, "model": model, "verdict": verdict(receipt), "file_bytes": weight,
         "final": final(receipt), "map": mosaic(plan, weight, tied) if plan else None,
         "readings": _readings(receipt),
-        "ruler": ruler(_readings(receipt), (receipt.get("budget") or {}).get("max_kl")),
+        "ruler": ruler(_readings(receipt), (receipt.get("budget") or {}).get("max_kl"), kind.bands),
+        "kind": kind, "lowered": _lowered(plan, receipt.get("lowered") or {}),
         "table": _summaries(receipt), "runtime": measured.get("runtime"), "where": runtime_name(receipt),
         "predicted": _number(receipt.get("predicted_kl")), "data": receipt.get("data") or {},
         "weighed": _weighed(plan, model, weight), "roles": by_role(plan, tied),
-        "speed": _speed(receipt.get("speed") or {}), "memory": _memory(receipt),
+        "speed": _speed(receipt.get("speed") or {}, kind), "memory": _memory(receipt),
         "peak": (receipt.get("memory") or {}).get("peak_rss_bytes"),
         "completions": [_pair(c) for c in receipt.get("completions") or ()],
         "warnings": [*(receipt.get("warnings") or ()), *_busy(receipt.get("speed") or {}), *_notes(receipt)],
         "sites": _sites(plan, receipt.get("sites") or []), "unlisted": max(len(plan) - LISTED, 0),
-        "seconds": _seconds(receipt.get("seconds") or {}), "bands": _band_list(),
+        "seconds": _seconds(receipt.get("seconds") or {}), "bands": _band_list(kind),
         "bits_per_weight": 8 * weight / model["weights"] if model.get("weights") else None,
     }
 
@@ -96,11 +98,11 @@ def _readings(receipt: dict[str, Any]) -> list[Reading]:
         rows.append(Reading("predicted by the planner", predicted, measured=False))
     for name, key in (("measured in PyTorch", "float"), ("on a second kind of text", "second_domain"),
                       (f"measured in {runtime_name(receipt)}", "runtime")):
-        summary = measured.get(key) or {}
-        mean = _number(summary.get("kl_mean"))
+        summary = plain(measured.get(key))
+        mean = _number(summary.get("mean"))
         if mean is not None:
-            rows.append(Reading(name, mean, _number(summary.get("kl_stderr")),
-                                _number(summary.get("kl_median")), _number(summary.get("kl_p999"))))
+            rows.append(Reading(name, mean, _number(summary.get("stderr")),
+                                _number(summary.get("median")), _number(summary.get("p999"))))
     return rows
 
 
@@ -109,8 +111,7 @@ def _summaries(receipt: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     measured = receipt.get("measured") or {}
     names = (("PyTorch", "float"), ("second text, PyTorch", "second_domain"),
              (runtime_name(receipt), "runtime"))
-    return [(name, {**s, "tokens": s.get("tokens") or s.get("positions")})
-            for name, key in names if (s := measured.get(key))]
+    return [(name, plain(measured[key])) for name, key in names if measured.get(key)]
 
 
 def _weighed(plan: list[dict[str, Any]], model: dict[str, Any], weight: int) -> dict[str, list[Part]]:
@@ -169,16 +170,16 @@ def by_role(plan: list[dict[str, Any]], tied: bool) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-1 if row["role"] in ("embed", "head") else words.rank(row["role"])))
 
 
-def _speed(speed: dict[str, Any]) -> list[tuple[str, str, list[Bar], float | None]]:
-    """Prefill and decode, original and compressed, as pairs of bars."""
+def _speed(speed: dict[str, Any], kind: Answers) -> list[tuple[str, str, list[Bar], float | None]]:
+    """Every rate of original and compressed as a pair of bars."""
     shown = []
-    for title, key in (("Writing (decode)", "decode"), ("Reading (prefill)", "prefill")):
-        values = [(name, kind, _number((speed.get(name) or {}).get(key)))
-                  for name, kind in (("original", "before"), ("compressed", "now"))]
+    for title, key, unit in kind.rates:
+        values = [(name, style, _number((speed.get(name) or {}).get(key)))
+                  for name, style in (("original", "before"), ("compressed", "now"))]
         known = [v for _, _, v in values if v]
         if known:
-            bars = [Bar(name, f"{words.three(v)} tokens/s", 100 * v / max(known), kind)
-                    for name, kind, v in values if v]
+            bars = [Bar(name, f"{words.three(v)} {unit}", 100 * v / max(known), style)
+                    for name, style, v in values if v]
             shown.append((title, key, bars, _number(speed.get(f"ratio_{key}"))))
     return shown
 
@@ -249,11 +250,22 @@ def _seconds(seconds: dict[str, float]) -> list[Bar]:
     return [Bar(name, words.duration(value), 100 * value / longest) for name, value in seconds.items()]
 
 
-def _band_list() -> list[tuple[str, str]]:
+def _lowered(plan: list[dict[str, Any]], lowered: dict[str, str]) -> list[dict[str, Any]]:
+    """How the weights run, the most bytes first; what is only smaller is said to be so."""
+    sizes = {row["site"]: row["bytes"] for row in plan}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for path, how in lowered.items():
+        groups[how].append(path)
+    rows = [{"how": how, "tensors": len(paths), "bytes": sum(sizes.get(path, 0) for path in paths)}
+            for how, paths in groups.items()]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def _band_list(kind: Answers) -> list[tuple[str, str]]:
     """``below 0.005`` and what it is called."""
-    finite = [limit for limit, _, _ in words.BANDS if math.isfinite(limit)]
+    finite = [limit for limit, _, _ in kind.bands if math.isfinite(limit)]
     labels = [f"below {limit:g}" for limit in finite] + [f"{finite[-1]:g} and above"]
-    return [(label, name) for label, (_, name, _) in zip(labels, words.BANDS, strict=True)]
+    return [(label, name) for label, (_, name, _) in zip(labels, kind.bands, strict=True)]
 
 
 def _number(value: object) -> float | None:

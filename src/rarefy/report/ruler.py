@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from rarefy.report import words
+from rarefy.report.answers import Bands
 
 WIDTH, LEFT, RIGHT = 1132.0, 190.0, 96.0
 TOP, ROW = 34.0, 34.0
@@ -57,8 +58,8 @@ class Ruler:
     bound: float | None
 
 
-def ruler(readings: list[Reading], bound: float | None) -> Ruler | None:
-    """Place the readings; None when there is nothing to show."""
+def ruler(readings: list[Reading], bound: float | None, bands_of: Bands = words.BANDS) -> Ruler | None:
+    """Place the readings; None when there is nothing to show. bands_of: what values mean in plain words."""
     values = [v for r in readings for v in (r.mean, r.median, r.p999, bound) if v is not None and v > 0]
     if not readings or not values:
         return None
@@ -83,7 +84,7 @@ def ruler(readings: list[Reading], bound: float | None) -> Ruler | None:
         shown = shown[-steps.index(shown[0]) % 3::3]
     ticks = tuple((place(step), f"{step:g}") for step in shown)
     bands, start = [], low
-    for limit, name, _ in words.BANDS:
+    for limit, name, _ in bands_of:
         end = min(limit, high)
         if end > start:
             bands.append((place(start), place(end), name))

@@ -100,6 +100,7 @@ class Planned:
     original_bytes: int
     rows: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    answers: str = "tokens"
 
 
 def check(job: Job) -> None:
@@ -125,7 +126,8 @@ def plan(job: Job, progress: Progress | None = None) -> Planned:
         chosen = allocate(found.calibrated(model.map.sites), limit_of(destination, model, job),
                           destination.fixed_bytes(model), job.max_kl)
     return Planned(model, chosen, found, predicted_bytes(destination, model, chosen), damage(chosen),
-                   destination.original_bytes(model), plan_rows(model, chosen), list(heard))
+                   destination.original_bytes(model), plan_rows(model, chosen), list(heard),
+                   subject.about()["answers"])
 
 
 def compress(job: Job, progress: Progress | None = None) -> Result:
