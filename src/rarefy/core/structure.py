@@ -69,6 +69,25 @@ class Stack:
 
 
 @dataclass(frozen=True, eq=False)
+class ExitAnswers:
+    """What every exit says of some samples, the network's own answer last; labels where there are some."""
+
+    logits: Float[Tensor, "exits samples classes"]
+    labels: Int64[Tensor, " samples"] | None = None
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When to stop: where the certainty reaches ``threshold`` (infinity: never). loss: what it cost where it
+    was calibrated, bound: what it is guaranteed to stay below, note: what happened if nothing qualified."""
+
+    threshold: float
+    loss: float
+    bound: float
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class KeyHeads:
     """The heads of keys and values of one block.
 

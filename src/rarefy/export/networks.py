@@ -122,7 +122,7 @@ def _laid_out(folder: Path, held: Native, form: Form, config: Any, into: nn.Modu
 
 
 def _shapes(module: nn.Module, held: Native) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that a folder holds, as layers have them: channels may have been taken out."""
+    """The shapes of the tensors in a folder, as layers have them: channels may have been taken out."""
     found = {path: tuple(values.shape) for path, values in held.params.items()}
     own = dict(module.named_parameters(remove_duplicate=False))
     for path, tree in held.trees.items():

@@ -1,0 +1,284 @@
+"""Run an encoder with exits: every sample leaves behind the first block that is sure of its answer.
+
+    exits = trained(network, examples, after=(1, 3))       heads that learnt from the network's own answer
+    exits = exits.calibrated(EarlyExit(max_loss=0.01), others)
+    logits, blocks = exits(inputs)                          blocks: how many each sample went through
+
+Samples that left are taken out of the batch, and padding that only they needed with them, so blocks compute
+less. The network itself is not changed: its blocks are called one by one with what it hands to them, and
+what stands behind the last block sees the samples that came that far.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from rarefy.calibration.examples import Examples
+from rarefy.core.errors import ModelError, RecipeError
+from rarefy.core.structure import ExitAnswers, ExitRule
+from rarefy.models.form import MASK
+from rarefy.models.network import Network, call
+from rarefy.techniques.depth.early_exit import EarlyExit
+from rarefy.training.examples import Rows
+from rarefy.training.loop import Batch, Loss, Settings, Task, fit, held_out
+
+BATCH = 64
+TRAINING = Settings(epochs=30, rate=3e-3, batch=64, patience=3, decay=0.01, precision="float32")
+
+
+class _Reached(Exception):
+    """The first block is to be called: with this."""
+
+    def __init__(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.hidden, self.args_, self.kwargs = hidden, args, kwargs
+
+
+class _Door(nn.Module):
+    """Stands where the blocks stood: on the way in it ends the pass, on the way out it hands on ``state``."""
+
+    state: Any = None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.state is None:
+            raise _Reached(hidden, args, kwargs)
+        return self.state
+
+
+class Stepped:
+    """An encoder block by block: ``enter``, ``block``, ``leave``. Weights are the network's own."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        whole, total = network.module, getattr(network.config, "num_hidden_layers", -1)
+        lists = [part for part in whole.modules() if isinstance(part, nn.ModuleList)
+                 and len(part) in (total, getattr(network.config, "num_hidden_groups", total))]
+        if not lists:
+            raise ModelError(f"{network.name}: its blocks are no list, so nothing can leave between them")
+        members = list(lists[0])
+        self.blocks = [members[block * len(members) // total] for block in range(total)]
+        self._door = _Door()
+        kept: dict[int, Any] = {id(each): each for each in (*whole.parameters(), *whole.buffers())}
+        kept[id(lists[0])] = nn.ModuleList([self._door] * len(members))
+        self._shell = copy.deepcopy(whole, kept)  # everything but the blocks; no number is copied
+        self._tuple = False
+
+    def enter(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """What the first block is called with."""
+        self._door.state = None
+        try:
+            call(self._shell, inputs, {})
+        except _Reached as reached:
+            return reached.hidden, reached.args_, reached.kwargs
+        raise ModelError(f"{self.network.name}: its blocks were not called")
+
+    def block(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """One block."""
+        out = self.blocks[index](hidden, *args, **kwargs)
+        self._tuple = isinstance(out, tuple)
+        state: Tensor = out[0] if isinstance(out, tuple) else out
+        return state
+
+    def leave(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The network's answer to samples that have passed all blocks."""
+        self._door.state = (hidden,) if self._tuple else hidden
+        try:
+            return self.network.form.answer(call(self._shell, inputs, {}), inputs)
+        finally:
+            self._door.state = None
+
+
+class Heads(nn.Module):
+    """A head for each exit: the first token and the mean of all, one hidden layer, logits."""
+
+    def __init__(self, exits: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.inside = nn.ModuleList([nn.Linear(2 * width, width) for _ in range(exits)])
+        self.last = nn.ModuleList([nn.Linear(width, classes) for _ in range(exits)])
+
+    def forward(self, place: int, features: Float[Tensor, "samples twice"]
+                ) -> Float[Tensor, "samples classes"]:
+        logits: Tensor = self.last[place](torch.tanh(self.inside[place](features)))
+        return logits
+
+
+def features(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """What a head reads of the states of the tokens: the first, and the mean of those that are real."""
+    real = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)
+    mean = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
+    return torch.cat([hidden[:, 0], mean], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Exits:
+    """A classifier with exits. after: behind which blocks (from 0) they stand. rule: when samples leave."""
+
+    stepped: Stepped
+    after: tuple[int, ...]
+    heads: Heads
+    technique: EarlyExit = field(default_factory=EarlyExit)
+    rule: ExitRule = field(default_factory=lambda: ExitRule(float("inf"), 0.0, 0.0))
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor], threshold: float | None = None
+                 ) -> tuple[Float[Tensor, "samples classes"], Int64[Tensor, " samples"]]:
+        """Logits, and through how many blocks each sample went. threshold: another than the rule's."""
+        limit = self.rule.threshold if threshold is None else threshold
+        hidden, args, kwargs = self.stepped.enter(inputs)
+        alive, total = torch.arange(len(hidden)), len(self.stepped.blocks)
+        answers: Tensor | None = None
+        depth, said = torch.full((len(hidden),), total), list[Tensor]()
+        for block in range(total):
+            hidden = self.stepped.block(block, hidden, args, kwargs)
+            if block not in self.after:
+                continue
+            mask = inputs.get(MASK)
+            said.append(self.heads(self.after.index(block), features(hidden, mask)))
+            sure = self.technique.certainty(torch.stack(said), len(self.after) + 1) >= limit
+            if not bool(sure.any()):
+                continue
+            answers = said[-1].new_empty(len(depth), said[-1].shape[1]) if answers is None else answers
+            answers[alive[sure]], depth[alive[sure]] = said[-1][sure], block + 1
+            stay = (~sure).nonzero()[:, 0]
+            alive, said = alive[stay], [each[stay] for each in said]
+            if not len(stay):
+                return answers, depth
+            inputs, hidden, args, kwargs = _shrunk(stay, inputs, hidden, args, kwargs)
+        logits = self.stepped.leave(hidden, inputs)
+        if answers is None:
+            return logits, depth
+        answers[alive] = logits
+        return answers, depth
+
+    @torch.no_grad()
+    def answers(self, examples: Examples) -> ExitAnswers:
+        """What every exit and the network say of all samples."""
+        parts = []
+        for inputs in examples.batches(BATCH):
+            caught, logits = _read(self.stepped, self.after, inputs)
+            parts.append(torch.stack([*(self.heads(k, each) for k, each in enumerate(caught)), logits]))
+        return ExitAnswers(torch.cat(parts, 1), examples.labels)
+
+    def calibrated(self, technique: EarlyExit, examples: Examples) -> Exits:
+        """The same with a threshold that samples the heads were not trained on vouch for."""
+        return replace(self, technique=technique, rule=technique.calibrated(self.answers(examples)))
+
+
+def trained(network: Network, examples: Examples, after: Sequence[int], settings: Settings = TRAINING
+            ) -> Exits:
+    """Exits behind some blocks, distilled from the network's own answer; the network stays as it is."""
+    if network.form.gives != "classes":
+        raise ModelError(f"{network.name}: gives no classes, so no exit can be sure of one; put a head on it "
+                         "(rarefy finetune)")
+    stepped, after = Stepped(network), tuple(after)
+    total = len(stepped.blocks)
+    if not after or list(after) != sorted(set(after)) or not 0 <= after[0] <= after[-1] < total - 1:
+        raise RecipeError(f"exits after {list(after)}: choose rising numbers of blocks from 0 to {total - 2}")
+    read, teacher = [], []
+    with torch.no_grad():
+        for inputs in examples.batches(BATCH):
+            caught, logits = _read(stepped, after, inputs)
+            read.append(torch.stack(caught, 1))
+            teacher.append(logits)
+    rows = Rows({"features": torch.cat(read), "teacher": torch.cat(teacher)})
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        heads = Heads(len(after), rows.tensors["features"].shape[-1] // 2, rows.tensors["teacher"].shape[1])
+    task = _Lesson(heads)
+    train, held = rows.split(0.1, settings.seed)
+    fit(task, train, settings, gate=held_out(task, held))
+    return Exits(stepped, after, heads.requires_grad_(False))
+
+
+class _Lesson(Task):
+    """Every head learns the network's own distribution: KL, summed over exits."""
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, batch: Batch) -> Loss:
+        wanted = batch["teacher"].log_softmax(-1)
+        total = wanted.new_zeros(())
+        for place in range(batch["features"].shape[1]):
+            said = self.heads(place, batch["features"][:, place]).log_softmax(-1)
+            total = total + (wanted.exp() * (wanted - said)).sum()
+        return Loss(total, torch.tensor(float(len(wanted)), device=wanted.device))
+
+
+def measured(exits: Exits, examples: Examples, batches: Sequence[int] = (1, 32), points: int = 9
+             ) -> dict[str, Any]:
+    """The distribution of exits, quality against mean depth, and wall clock beside the whole network's."""
+    answers, technique = exits.answers(examples), exits.technique
+    places = torch.tensor([*(block + 1 for block in exits.after), len(exits.stepped.blocks)])
+
+    def quality(threshold: float) -> dict[str, float]:
+        leaves = technique.leaves(answers, threshold)
+        given = answers.logits.argmax(-1).gather(0, leaves[None])[0]
+        found = {"threshold": threshold, "mean_blocks": float(places[leaves].float().mean()),
+                 "same": float((given == answers.logits[-1].argmax(-1)).float().mean())}
+        if answers.labels is not None:
+            found["accuracy"] = float((given == answers.labels).float().mean())
+        return found
+
+    leaves = technique.leaves(answers, exits.rule.threshold)
+    thresholds = [0.5 + 0.5 * k / (points - 1) for k in range(points)]
+    return {"rule": technique.rule, "max_loss": technique.max_loss, **quality(exits.rule.threshold),
+            "whole": quality(float("inf")), "note": exits.rule.note,
+            "left": {int(block): int((places[leaves] == block).sum()) for block in places},
+            "curve": [quality(threshold) for threshold in thresholds],
+            "seconds": {size: _clock(exits, examples, size) for size in batches}}
+
+
+def _clock(exits: Exits, examples: Examples, size: int) -> dict[str, float]:
+    """Seconds per sample, with exits and of the network itself, in turns."""
+    found = {"exits": 0.0, "whole": 0.0}
+    network = exits.stepped.network
+    ways: dict[str, Callable[[Mapping[str, Tensor]], Any]] = {"exits": exits, "whole": network.run}
+    with torch.no_grad():
+        for inputs in [next(examples.batches(size)), *examples.batches(size)]:  # the first to warm up
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way(inputs)
+                found[name] += time.perf_counter() - started
+    return {name: seconds / len(examples) for name, seconds in found.items()}
+
+
+def _read(stepped: Stepped, after: Sequence[int], inputs: Mapping[str, Tensor]
+          ) -> tuple[list[Tensor], Tensor]:
+    """What heads read behind every exit, and the network's answer."""
+    hidden, args, kwargs = stepped.enter(inputs)
+    caught = []
+    for block in range(len(stepped.blocks)):
+        hidden = stepped.block(block, hidden, args, kwargs)
+        if block in after:
+            caught.append(features(hidden, inputs.get(MASK)))
+    return caught, stepped.leave(hidden, inputs)
+
+
+def _shrunk(stay: Tensor, inputs: Mapping[str, Tensor], hidden: Tensor, args: tuple[Any, ...],
+            kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Only the samples that stay, and only the positions that one of them needs."""
+    count, width = hidden.shape[:2]
+    inputs = {name: value[stay] for name, value in inputs.items()}
+    end = int(inputs[MASK].bool().any(0).nonzero().max()) + 1 if MASK in inputs else width
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value[stay] if value.ndim and value.shape[0] == count else value
+        if value.ndim == 4:  # masks and biases of attention: [samples, heads, queries, keys]
+            value = value[..., :end if value.shape[-2] == width else value.shape[-2], :end]
+        return value
+
+    inputs = {name: value[:, :end] if value.ndim > 1 and value.shape[1] == width else value
+              for name, value in inputs.items()}
+    return inputs, hidden[stay][:, :end], tuple(map(cut, args)), {key: cut(v) for key, v in kwargs.items()}

@@ -1,0 +1,183 @@
+"""Exits of an encoder: nothing changes without them, the guarantee holds, batches really shrink."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rarefy.calibration.examples import Examples, read_examples
+from rarefy.core.errors import EditError, ModelError, RecipeError
+from rarefy.core.structure import ExitAnswers
+from rarefy.models.form import Form
+from rarefy.models.network import Network
+from rarefy.models.opening import open_any
+from rarefy.numerics.tails import binomial_tail, hoeffding_tail
+from rarefy.runtimes.exits import Exits, Stepped, measured, trained
+from rarefy.techniques.depth.early_exit import EarlyExit
+from rarefy.training.loop import Settings
+from small_networks import bert, tokens
+
+QUICK = Settings(steps=150, rate=3e-3, batch=64, precision="float32")
+
+
+@pytest.fixture(scope="module")
+def network(tiny_encoder: Path) -> Network:
+    found = open_any(tiny_encoder)
+    assert isinstance(found, Network)
+    return found
+
+
+@pytest.fixture(scope="module")
+def dev(network: Network, tiny_encoder: Path) -> Examples:
+    return read_examples(network, str(tiny_encoder / "dev.tsv"))
+
+
+@pytest.fixture(scope="module")
+def exits(network: Network, tiny_encoder: Path) -> Exits:
+    return trained(network, read_examples(network, str(tiny_encoder / "train.tsv")), (0,), QUICK)
+
+
+def test_without_leaving_the_answer_is_the_networks(exits: Exits, network: Network, dev: Examples) -> None:
+    inputs = next(dev.batches(40))
+    logits, depth = exits(inputs)
+    torch.testing.assert_close(logits, network.run(inputs))
+    assert depth.tolist() == [2] * 40
+
+
+def test_who_leaves_gets_the_exits_answer_and_the_rest_the_networks(
+        exits: Exits, network: Network, dev: Examples) -> None:
+    inputs = next(dev.batches(60))
+    answers = exits.answers(Examples(inputs))
+    certain = answers.logits[0].softmax(-1).amax(-1)
+    threshold = float(certain.median())
+    logits, depth = exits(inputs, threshold)
+    left = certain >= threshold
+    assert torch.equal(depth == 1, left) and 0 < int(left.sum()) < 60
+    torch.testing.assert_close(logits[left], answers.logits[0][left], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[~left], network.run(inputs)[~left], rtol=1e-4, atol=1e-5)
+    everyone, depth = exits(inputs, 0.0)
+    assert depth.tolist() == [1] * 60 and everyone.shape == (60, 2)
+
+
+def test_samples_that_left_are_not_computed(exits: Exits, dev: Examples) -> None:
+    inputs = next(dev.batches(60))
+    seen: list[int] = []
+    hook = exits.stepped.blocks[1].register_forward_pre_hook(lambda part, args: seen.append(len(args[0])))
+    certain = exits.answers(Examples(inputs)).logits[0].softmax(-1).amax(-1)
+    seen.clear()
+    _, depth = exits(inputs, float(certain.median()))
+    hook.remove()
+    assert seen == [int((depth == 2).sum())] and seen[0] < 60
+
+
+def test_the_report(exits: Exits, network: Network, dev: Examples) -> None:
+    first, second = dev.select(torch.arange(0, 200, 2)), dev.select(torch.arange(1, 200, 2))
+    done = exits.calibrated(EarlyExit(max_loss=0.2), first)
+    assert done.rule.loss <= 0.2 and done.rule.threshold < 1
+    found = measured(done, second, batches=(50,))
+    assert sum(found["left"].values()) == 100 and found["whole"]["same"] == 1.0
+    assert found["mean_blocks"] <= found["whole"]["mean_blocks"] == 2
+    assert set(found["seconds"][50]) == {"exits", "whole"}
+    blocks = [point["mean_blocks"] for point in found["curve"]]
+    assert blocks == sorted(blocks)  # the more careful, the deeper
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "albert", "mpnet", "electra"])
+def test_every_family_steps(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+    width = {"hidden_dim": 64} if kind == "distilbert" else {"intermediate_size": 64}
+    config = AutoConfig.for_model(kind, **size, **width, num_labels=3)
+    module = AutoModelForSequenceClassification.from_config(config).eval()
+    network = Network.from_module(module, form=Form("text", "classes", length=16, loader="AutoModel"))
+    stepped, inputs = Stepped(network), tokens(4, 9)
+    with torch.no_grad():
+        hidden, args, kwargs = stepped.enter(inputs)
+        for block in range(3):
+            hidden = stepped.block(block, hidden, args, kwargs)
+        torch.testing.assert_close(stepped.leave(hidden, inputs), network.run(inputs))
+
+
+# ---- the rule
+
+def answers(agree: Tensor, sure: Tensor) -> ExitAnswers:
+    """One exit that is as sure as told, of class 1 where it agrees with the network, which says 1."""
+    exit_ = torch.stack([1 - sure, sure], -1)
+    exit_ = torch.where(agree[:, None], exit_, exit_.flip(-1)).log()
+    end = torch.tensor([0.01, 0.99]).log().expand(len(sure), 2)
+    return ExitAnswers(torch.stack([exit_, end]))
+
+
+def test_the_guarantee_holds_on_new_samples() -> None:
+    """The exit errs with probability 1 - sure: few of many calibrations may choose a risk above the bound."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count: int) -> ExitAnswers:
+        sure = 0.5 + 0.5 * torch.rand(count, generator=generator).clamp(1e-3, 0.999)
+        return answers(torch.rand(count, generator=generator) < sure, sure)
+
+    technique, fresh, failures = EarlyExit(max_loss=0.05, delta=0.1), drawn(20000), 0
+    for _ in range(40):
+        rule = technique.calibrated(drawn(500))
+        assert rule.threshold < 1
+        failures += float(technique.lost(fresh, rule.threshold).float().mean()) > 0.05
+    assert failures <= 9  # P(Bin(40, 0.1) > 9) < 1%
+
+
+def test_certainties() -> None:
+    logits = torch.tensor([[[2.0, 0, 0]], [[0, 1.0, 0]], [[0, 3.0, 0]]])
+    p = logits[-1, 0].softmax(-1)
+    assert float(EarlyExit().certainty(logits, 4)) == pytest.approx(float(p.max()))
+    entropy = 1 - float(-(p * p.log()).sum()) / torch.tensor(3.0).log().item()
+    assert float(EarlyExit("entropy").certainty(logits, 4)) == pytest.approx(entropy, abs=1e-6)
+    assert float(EarlyExit("patience").certainty(logits, 4)) == 0.5  # two in a row of four
+    three = ExitAnswers(torch.cat([logits, logits[-1:]]))
+    assert EarlyExit("patience").leaves(three, 0.5).tolist() == [2]
+    assert EarlyExit("patience").leaves(three, 0.25).tolist() == [0]
+
+
+def test_tails_are_literal() -> None:
+    import math
+
+    literal = sum(math.comb(20, k) * 0.1**k * 0.9 ** (20 - k) for k in range(3))
+    assert binomial_tail(2, 20, 0.1) == pytest.approx(literal)
+    assert hoeffding_tail(0.0, 100, 0.1) == pytest.approx(math.exp(-2))
+    assert hoeffding_tail(0.2, 100, 0.1) == 1.0
+
+
+def test_harm_counts_right_answers_that_become_wrong() -> None:
+    found = answers(torch.tensor([False, False, True]), torch.tensor([0.9, 0.9, 0.9]))
+    labelled = ExitAnswers(found.logits, torch.tensor([0, 1, 1]))  # the network is wrong about the first
+    assert EarlyExit().lost(labelled, 0.5).tolist() == [True, True, False]
+    assert EarlyExit(harm=True).lost(labelled, 0.5).tolist() == [False, True, False]
+    with pytest.raises(EditError, match="no labels"):
+        EarlyExit(harm=True).lost(found, 0.5)
+
+
+def test_too_few_samples_say_how_many() -> None:
+    rule = EarlyExit(max_loss=0.01).calibrated(answers(torch.ones(20).bool(), torch.full((20,), 0.9)))
+    assert rule.threshold == float("inf") and "at least 299 are needed" in rule.note
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"rule": "entropie"}, "did you mean 'entropy'"), ({"bound": "exact"}, "binomial, hoeffding"),
+    ({"max_loss": 0.0}, "above 0"), ({"delta": 1.0}, "below 1")])
+def test_settings_that_mean_nothing(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        EarlyExit(**settings)
+
+
+def test_what_has_no_exits(network: Network, dev: Examples) -> None:
+    with pytest.raises(ModelError, match="gives no classes"):
+        trained(Network.from_module(bert()), Examples(tokens(4, 5)), (0,))
+    with pytest.raises(RecipeError, match="from 0 to 0"):
+        trained(network, dev, (1,))
+    with pytest.raises(EditError, match="not finite"):
+        EarlyExit().calibrated(ExitAnswers(torch.full((2, 3, 2), float("nan"))))
+    with pytest.raises(EditError, match="0 exits"):
+        EarlyExit().calibrated(ExitAnswers(torch.zeros(1, 3, 2)))
