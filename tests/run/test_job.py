@@ -192,6 +192,9 @@ def test_torn_weight_is_done_again(tmp_path: Path, cached: Callable[..., Path]) 
     sites["a"], sites["b"] = (Dense(torch.ones(2, 2)), ()), (Dense(torch.zeros(2, 2)), ())
     weights = next((tmp_path / "sites" / "b").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-3])
+    (tmp_path / "sites" / "c.part").mkdir()  # killed while writing
     fresh = journal.Sites(tmp_path / "sites", frozenset())
     assert fresh.verify() == ["b"]
     assert list(fresh) == ["a"]
+    fresh["c"] = (Dense(torch.ones(2, 2)), ())
+    assert "c" in fresh

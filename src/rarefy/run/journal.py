@@ -136,6 +136,8 @@ class Sites(MutableMapping[str, Finished]):
 
     def verify(self) -> list[str]:
         """Drop what does not read back (torn by a crash); returns the paths that must be done again."""
+        for left in self.folder.glob("*.part"):  # a crash came while it was being written
+            shutil.rmtree(left, ignore_errors=True)
         torn = []
         for path in list(self):
             try:
