@@ -55,7 +55,7 @@ COLUMNS = """\
 The best rival is the lowest mean KL among all below that are at most 0.5 MB over the budget. Decode (64
 tokens) and prefill (256) are tokens/s by `llama-bench` with {threads} threads, interleaved A/B/A in one run.
 Minutes and peak memory are of `rarefy compress`, a fresh process, loading, saving and its own measurements
-included."""
+included; on a machine with other work to do they are upper bounds, and speeds are worth their ratio only."""
 
 
 @dataclass(frozen=True)
