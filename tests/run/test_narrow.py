@@ -32,6 +32,7 @@ from rarefy.models.narrowed import (
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
 from rarefy.run.narrow import filtered, narrowed
+from rarefy.run.planning import build
 from rarefy.techniques.prune.filters import Filters
 from small_networks import Residual, bert, images, residual, tokens
 from tiny_networks import Digits, TinyCNN
@@ -202,6 +203,8 @@ def test_what_cannot_be_taken_out(cnn: Network) -> None:
         narrowed(cnn, Recipe("", (Step("filters"),)), None)
     with pytest.raises(EditError, match="is no encoder of transformers"):
         narrowed(cnn, Recipe("", (Step("units"),)), Examples(images(4)))
+    with pytest.raises(RecipeError, match="its scope is 'exits'"):
+        build(Step("early_exit"))
     grouped = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(512, 2))
     _, refused = channel_groups(Network.from_module(grouped), images(2))
     assert "in groups" in refused["0"]

@@ -97,6 +97,11 @@ def build_structure(step: Step) -> Thinning | Shortening | Merging | Narrowing:
 
 
 def _made(step: Step, known: Mapping[str, type[Any]], format_name: str) -> Any:
+    other = _found().get(step.technique)
+    if other is not None and step.technique not in known:
+        raise RecipeError(f"{step.technique}: is no step of a recipe of this kind (its scope is "
+                          f"{getattr(other, 'scope', 'leaf')!r}); rarefy techniques {step.technique} says "
+                          "where it works")
     if step.technique not in known:
         raise RecipeError(f"technique {step.technique!r} does not exist"
                           f"{did_you_mean(step.technique, [*techniques(), *transforms(), *structures()])}")
