@@ -12,6 +12,7 @@ from rarefy.core.edit import Leaf, edit
 from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense, Quantized
 from rarefy.core.nouns import Choice, Evidence
+from rarefy.techniques.prune.sparsegpt import SparseGPT
 from rarefy.techniques.quantize.cast import Cast
 from rarefy.techniques.quantize.gptq import GPTQ
 from rarefy.techniques.quantize.rtn import RTN
@@ -75,3 +76,11 @@ def test_dead_rows_and_overflow() -> None:
         run(Cast("float16"), w)
     with pytest.raises(EditError, match=r"dtype='flaot16': choose one of .*did you mean 'float16'"):
         run(Cast("flaot16"), w)
+
+
+def test_a_repair_is_kept(weight: Tensor, evidence: Evidence) -> None:
+    """What SparseGPT moved into the weights that stay is stored, not undone."""
+    generator = torch.Generator().manual_seed(0)
+    pruned, before = edit("w", Dense(weight), weight, SparseGPT(), "sparsegpt", evidence, generator)
+    _, after = edit("w", pruned, weight, Cast("bfloat16"), "cast", evidence, generator)
+    assert after.error < 1.05 * before.error

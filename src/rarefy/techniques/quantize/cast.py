@@ -1,5 +1,8 @@
 """Cast: store the weight in a shorter floating type.
 
+What is stored is what the leaf holds, not what it should stand for: a repair that an earlier step made
+(SparseGPT's) is kept.
+
 float16 keeps 11 bits of mantissa up to 65504, bfloat16 8 bits over float32's range. What overflows
 float16 is refused by name rather than stored as infinity. float8_e4m3fn keeps 4 bits of mantissa over 18
 powers of two; every row gets a float32 scale that puts its largest weight at the end of that range,
@@ -49,15 +52,16 @@ class Cast:
     beats: ClassVar[str] = ""
 
     def rewrite(self, leaf: Leaf, generator: torch.Generator) -> Edited:
+        held = leaf.node.dense()
         if self.dtype == EIGHT:
-            return Edited(_eight(leaf.target))
+            return Edited(_eight(held))
         if self.dtype not in FLOATS:
             known = [*FLOATS, EIGHT]
             raise EditError(f"{leaf.site}: dtype={self.dtype!r}: choose one of {', '.join(known)}"
                             f"{did_you_mean(self.dtype, known)}")
-        values = leaf.target.to(FLOATS[self.dtype])
+        values = held.to(FLOATS[self.dtype])
         if not bool(torch.isfinite(values).all()):
-            peak = float(leaf.target.abs().max())
+            peak = float(held.abs().max())
             raise EditError(f"{leaf.site}: {peak:g} does not fit {self.dtype}; use bfloat16 or float32")
         return Edited(Dense(values))
 
