@@ -157,6 +157,8 @@ class Layered:
                 states = self.part(index, states, place + 1 - states.shape[1], memory)
                 waiting[index] = []
                 last = index == total - 1
+                if not last and threshold == float("inf"):  # nobody leaves, so nobody need be asked
+                    continue
                 logits = self.logits(states[:, -1:], None if last else index)[0]
                 said.append(logits)
                 if last or float(technique.certainty(torch.stack(said), total)) >= threshold:
