@@ -121,6 +121,20 @@ class Moving(Soft):
             for name, value in _numbers(self.node).items()})
 
 
+class Bucketed(Moving):
+    """A hashed leaf whose buckets move. Positions are hashed once: that costs far more than the look-up."""
+
+    def __init__(self, node: Hashed) -> None:
+        super().__init__(node)
+        place, sign = node.places(torch.arange(node.size[0], device=node.buckets.device))
+        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("sign", sign, persistent=False)
+
+    def forward(self) -> Tensor:
+        buckets: Tensor = self.get_parameter("moving_buckets")
+        return buckets[self.get_buffer("place")] * self.get_buffer("sign")
+
+
 class Following(Soft):
     """A weight that is stored at another site: it has no numbers of its own and moves with its owner."""
 
@@ -208,7 +222,7 @@ class _Softening:
             case Clustered():
                 return Moving(node) if "codebooks" in self.moves else Fixed(node)
             case Hashed():
-                return Moving(node) if "buckets" in self.moves else Fixed(node)
+                return Bucketed(node) if "buckets" in self.moves else Fixed(node)
         below = node.children()
         if not below:
             return Fixed(node)
