@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.core.edit import Edited, Leaf, edit
+from rarefy.core.edit import Edited, Leaf, edit, relative_error
 from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 from rarefy.core.nouns import Evidence
@@ -121,3 +121,14 @@ def test_evidence_through_a_matrix_is_evidence_of_its_outputs() -> None:
     m = torch.randn(5, 8, generator=torch.Generator().manual_seed(5))
     behind = Evidence(x.T @ x, 50).through(m)
     torch.testing.assert_close(behind.gram, (x @ m.T).T @ (x @ m.T), rtol=1e-4, atol=1e-4)
+
+
+def test_error_of_a_large_matrix_is_told_from_some_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 16, generator=generator)
+    tree = Dense(weight + 0.1 * torch.randn(400, 16, generator=generator))
+    evidence = Evidence(torch.eye(16) * 10, 10)
+    whole = relative_error(weight, tree, evidence)
+    monkeypatch.setattr("rarefy.core.edit.LOOKED_AT", 2000)
+    assert relative_error(weight, tree, evidence) == pytest.approx(whole, rel=0.1)
+    assert relative_error(weight, tree, evidence) != whole
