@@ -40,6 +40,9 @@ class Tucker(Node):
     def dense(self) -> Tensor:
         return self.left.dense() @ self._inner()
 
+    def rows(self, index: Tensor) -> Tensor:
+        return self.left.rows(index) @ self._inner()
+
     def _inner(self) -> Tensor:
         return torch.einsum("abw,ib->aiw", self._core(), self.right.dense()).flatten(1)
 
@@ -103,6 +106,9 @@ class CP(Node):
 
     def dense(self) -> Tensor:
         return self.factors[0].dense() @ khatri_rao([f.dense() for f in self.factors[1:]]).T
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.factors[0].rows(index) @ khatri_rao([f.dense() for f in self.factors[1:]]).T
 
     def bits(self) -> int:
         return sum(factor.bits() for factor in self.factors)

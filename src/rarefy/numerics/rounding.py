@@ -134,8 +134,9 @@ def encode(weights: Float[Tensor, "rows width"], fit: Fit) -> UInt8[Tensor, "row
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where the scale is 0 (a group of zeros)."""
-    return torch.where(scale == 0, 0.0, 1 / torch.where(scale == 0, 1.0, scale))
+    """1 / scale, and 0 where that is no number: a group of zeros, or of what a subtraction left of them."""
+    sound = scale.reciprocal().isfinite()
+    return torch.where(sound, 1 / torch.where(sound, scale, 1.0), 0.0)
 
 
 def fit(weights: Float[Tensor, "rows width"], importance: Tensor, grid: Grid) -> Fit:
