@@ -197,6 +197,7 @@ def trained(x: Tensor, y: Tensor, steps: int = 200) -> nn.Module:
     return network.eval()
 
 
+MODELS_RUN = "minilm,cnn"
 MODELS = {"minilm": minilm, "cnn": cnn, "gemma": gemma}
 
 
@@ -290,8 +291,8 @@ def section(name: str, results: Mapping[str, Any], base: Mapping[str, Any]) -> l
     about = (f"The original: {base['bytes'] / MEGABYTE:.2f} MB of weights{original}; {base['about']}. The "
              f"{what} to the original is in {unit}. Speed is the original's time over the edited one's, both "
              f"in turns in one process (threads: {base['threads']}), or `unsteady` where the original's own "
-             f"turns lay more than {STEADY:.0%} apart; a copy of the original, timed so: {pace(base['batch'])}, "
-             f"{pace(base['single'])}.")
+             f"turns lay more than {STEADY:.0%} apart; a copy of the original, timed so: "
+             f"{pace(base['batch'])}, {pace(base['single'])}.")
     refused = [f"- {title}: {reason}" for title, found in results.items() if found["edited"]
                for reason in list(dict.fromkeys(found["refused"].values()))]
     parts = [f"## {name}", about, table(head, [row(title, found, base["bytes"])
@@ -330,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--models", default="minilm,cnn", help="of minilm, cnn, gemma")
+    parser.add_argument("--models", default=MODELS_RUN, help="of minilm, cnn, gemma")
     parser.add_argument("--only", default="", help="names of techniques; the page is then not written")
     parser.add_argument("--gemma", type=Path, help="folder of a language model")
     options = parser.parse_args()
@@ -346,7 +347,8 @@ def main() -> None:
     if only:
         print("\n\n".join(parts[1:]))
     else:
-        write_page(PAGE, "Techniques, measured", COMMAND, parts)
+        more = "" if options.models == MODELS_RUN else f" --models {options.models}"
+        write_page(PAGE, "Techniques, measured", COMMAND + more, parts)
 
 
 def judged(name: str, rows: Mapping[str, tuple[Step, ...]], options: argparse.Namespace, ledger: Ledger,
