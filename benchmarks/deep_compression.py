@@ -307,7 +307,8 @@ def deep_said(found: Mapping[str, Any]) -> list[str]:
             "epochs of retraining after each; k-means with up to 256 values for convolutions and 32 for the "
             f"rest; codebooks retrained for {EPOCHS['codebooks']} epochs; masks and indices entropy-coded. "
             "The file is the whole native folder, headers and biases included, and its error that of the "
-            "network read back from it. The paper counts no headers.",
+            "network read back from it. The original learns for "
+            f"{EPOCHS['dense']} epochs only, so part of what retraining gains is that it learns for longer.",
             files, f"{tensors} are tensors; the rest is JSON that says what they are.",
             "Below, bytes are those of weights and masks as the format codes them and of biases in float16, "
             "without headers.", stages,
