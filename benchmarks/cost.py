@@ -41,7 +41,8 @@ MEMORY_BOUND = 4  # GiB
 ABOUT = """\
 `rarefy compress MODEL --to BUDGET --for llama.cpp --effort EFFORT` with {threads} threads, from loading to
 the report, in a fresh process; peak resident memory as the kernel counts it, of the largest single process.
-The Llamas have random weights: their quality means nothing, their cost does. Calibration: {text}."""
+The Llamas have random weights: their quality means nothing, their cost does. Calibration: {text}.
+On a machine with other work to do the minutes are upper bounds."""
 
 
 @dataclass(frozen=True)
