@@ -76,7 +76,7 @@ ROWS: tuple[tuple[Step, ...], ...] = (
     (step("svd_llm", ratio=0.25),), (step("tensor_train", ratio=0.5),), (step("tucker", ratio=0.5),),
     (step("cp", ratio=0.5),), (step("rtn", "int3-g32"), step("repair", rank=8)),
     (step("kmeans", values=16),), (step("product"),), (step("hashed", ratio=0.5),), (step("loftq"),),
-    (step("sparsegpt", **HALF), step("repair", rank=8), step("rtn", "int4-g32")),
+    (step("sparsegpt", **HALF), step("repair", rank=8), step("rtn", "int8")),
 )
 
 
