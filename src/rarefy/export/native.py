@@ -123,6 +123,8 @@ def open_native(folder: Path | str) -> Model:
     folder = Path(folder)
     held = load_native(folder)
     inner = held.config.get("network")
+    if "form" in held.config:
+        raise ModelError(f"{folder}: holds a network that is no causal language model; rarefy.load opens it")
     if held.config.get("model_type") != MODEL_TYPE or not isinstance(inner, dict):
         raise ModelError(f"{folder / CONFIG}: not the configuration of a native model; export it again")
     family = family_of(str(inner.get("model_type")))

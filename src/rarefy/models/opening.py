@@ -68,7 +68,7 @@ def open_any(ref: str | Path, *, dequantize: bool = False) -> Model | Network:
     if kind not in known:
         raise ModelError(f"model_type {kind!r} is not supported{did_you_mean(str(kind), known)}; supported "
                          f"are {', '.join(known)}, and any torch module in Python (rarefy.compress)")
-    return open_model(folder, dequantize=dequantize) if kind in languages else open_network(folder, name)
+    return open_model(ref, dequantize=dequantize) if kind in languages else open_network(folder, name)
 
 
 def open_network(folder: Path, name: str) -> Network:
