@@ -6,12 +6,15 @@ Leaving out the permutation, the offset of the norms or a rotary setting moves t
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from rarefy.core.edit import edit
 from rarefy.core.errors import TargetError
-from rarefy.core.nodes import Dense, Product, Quantized
+from rarefy.core.nodes import Dense, Masked, Product, Quantized
 from rarefy.export.gguf import (
     LLAMA_CPP,
     export_gguf,
@@ -26,6 +29,7 @@ from rarefy.formats.ggml import CODECS
 from rarefy.formats.gguf import read_gguf
 from rarefy.models.model import open_model
 from rarefy.runtimes.llamacpp import Session
+from rarefy.techniques.quantize.rtn import RTN
 
 FLOAT_TOLERANCE = 5e-5  # nats: llama.cpp keeps keys and values in 16 bits
 ROUNDED_TOLERANCE = 1e-2  # nats: and multiplies with activations of 8 bits
@@ -198,3 +202,24 @@ def test_quantized_rows_move_with_their_scales(build, rounded, tmp_path):
     stored = read_gguf(path).tensor(model.map.family.gguf_name(site.path))
     assert isinstance(stored, Quantized)
     assert torch.equal(stored.dense(), trees[site.path].dense()[order])
+
+
+def test_what_was_pruned_is_the_code_of_zero(tiny_llama_wide: Path, tmp_path: Path) -> None:
+    """A mask over codes: zeros in the file where the grid has a zero, a refusal by name where it has none."""
+    model = open_model(tiny_llama_wide)
+    site = next(site for site in model.map.sites if site.role == "up")
+    weight = model.weight(site.path)
+    keep = weight.abs() > weight.abs().median()
+    formats = {each.path: "F16" for each in model.map.sites}
+    for name in ("Q8_0", "IQ4_NL"):
+        tree, _ = edit(site.path, Masked(keep, Dense(weight)), weight, RTN(CODECS[name].grid), "rtn", None,
+                       torch.Generator())
+        if name == "IQ4_NL":
+            with pytest.raises(TargetError, match="IQ4_NL has no code for zero"):
+                export_gguf(model, {site.path: tree}, formats | {site.path: name}, tmp_path / "no.gguf")
+            continue
+        export_gguf(model, {site.path: tree}, formats | {site.path: name}, tmp_path / "yes.gguf")
+        with pytest.warns(UserWarning, match="already quantized"):
+            read = open_model(tmp_path / "yes.gguf", dequantize=True).weight(site.path)
+        assert torch.equal(read, tree.dense())
+        assert not read[~keep].any()

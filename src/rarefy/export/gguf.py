@@ -10,7 +10,7 @@ norms and biases stay in F32. Everything that decides the size is known before a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import TargetError, did_you_mean
-from rarefy.core.nodes import Dense, Node
+from rarefy.core.nodes import Dense, Masked, Node, Quantized
 from rarefy.core.nouns import Target
 from rarefy.export.metadata import architecture_metadata, extra_tensors
 from rarefy.export.tokenizer import safe_name, tokenizer_metadata
@@ -177,8 +177,23 @@ def _site(model: Model, tree: Node | None, planned: PlannedTensor) -> Node:
         tree = Dense(model.weight(planned.path))
     if planned.codec.grid is None and not isinstance(tree, Dense):
         tree = Dense(tree.dense())
+    if isinstance(tree, Masked):
+        tree = _zeroed(tree)
     order = model.map.family.row_order(planned.path, model.config)
     return tree if order is None else tree.select(0, torch.tensor(order))
+
+
+def _zeroed(tree: Masked) -> Node:
+    """A mask over codes as codes: what was dropped takes the level of zero, where the grid has one."""
+    match tree.inner:
+        case Quantized(codes=codes, zero=None, grid=grid) as inner if 0.0 in grid.levels:
+            zero = torch.tensor(grid.levels.index(0.0), dtype=codes.dtype)
+            return replace(inner, codes=torch.where(tree.keep, codes, zero))
+        case Quantized(grid=grid):
+            raise TargetError(f"{grid.name} has no code for zero, so it cannot store what was pruned; choose "
+                              "Q4_0, Q5_0 or Q8_0")
+        case _:
+            return tree
 
 
 def _param(model: Model, values: Tensor | None, planned: PlannedTensor) -> Node:
