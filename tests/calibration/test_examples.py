@@ -79,7 +79,7 @@ def test_labels_by_number_and_by_name(encoder: Network, tmp_path: Path) -> None:
     found = read_examples(encoder, str(names))
     assert found.labels is not None and found.labels.tolist() == [0, 1]
     wrong = write(tmp_path / "c.tsv", "sentence\tlabel\none\tLABEL_O\ntwo\tLABEL_1\n")
-    with pytest.raises(DataError, match="label 'LABEL_O' is no class of the model; did you mean .*'LABEL_0'"):
+    with pytest.raises(DataError, match=r"label 'LABEL_O' is no class of the model; did .*'LABEL_0'"):
         read_examples(encoder, str(wrong))
 
 
