@@ -54,7 +54,8 @@ def exported(out: Path) -> Path:
     """The exported file that ``out`` is or holds."""
     if out.is_file():
         return out
-    found = sorted(each for each in out.glob("*") if each.suffix in SUFFIXES) if out.is_dir() else []
+    found = sorted(each for place in (out, out / "model") if place.is_dir() for each in place.glob("*")
+                   if each.suffix in SUFFIXES)
     if len(found) != 1:
         raise TargetError(f"{out}: holds {len(found)} exported files ({', '.join(SUFFIXES)}); pass the file "
                           "itself")

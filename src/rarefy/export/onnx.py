@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,11 @@ class Exported:
 
     def expected(self, inputs: Values) -> Tensor:
         """Our own evaluation of the same trees, activations rounded where the file rounds them."""
-        tensors = {**stored_tensors(self.program, self.trees), **dict(self.params or {})}
-        return self.program.run(inputs, tensors, argument=self._argument, value=self._value)
+        return self.program.run(inputs, self._tensors, argument=self._argument, value=self._value)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**stored_tensors(self.program, self.trees), **dict(self.params or {})}
 
     def _argument(self, name: str, values: Tensor) -> Tensor:
         if name not in self.plan.operators or self.settings.compute == "float":

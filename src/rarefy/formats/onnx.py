@@ -31,7 +31,7 @@ Compute = Literal["float", "dynamic", "static"]
 MICROSOFT = "com.microsoft"
 OPSET = 21  # DequantizeLinear of 4-bit integers; everything else is older
 PIP = "pip install 'rarefy[onnx]'"
-MOST_BLOCK, LEAST_BLOCK = 256, 16
+BLOCKS = (16, 32, 64, 128, 256)  # columns under one scale that MatMulNBits knows
 
 
 def onnx_package() -> Any:
@@ -48,8 +48,9 @@ class Graph:
     """A graph under construction: operators in order, and the constants they read.
 
     contrib: written for ONNX Runtime, with operators that only it has; else for OpenVINO, whose patterns of
-    compressed weights are met (and which gets shifts of bytes wrong). accuracy: of ``MatMulNBits`` (0: float32; 4: it may
-    round activations to 8 bits, which is faster). notes: what went over larger than it is stored.
+    compressed weights are met (and which gets shifts of bytes wrong). accuracy: of ``MatMulNBits`` (0:
+    float32; 4: it may round activations to 8 bits, which is faster). notes: what went over larger than it is
+    stored.
     """
 
     contrib: bool = True
@@ -264,11 +265,11 @@ def _block(found: Integers) -> int | None:
     """The block size under which ``MatMulNBits`` holds these groups; scales may have to be repeated."""
     if not found.whole and found.bits == 8:
         return None
-    if found.by_row:
+    if found.by_row:  # what the scales that are repeated and the padding of the last block take together
         columns = found.codes.shape[1]
-        return min(MOST_BLOCK, max(LEAST_BLOCK, 1 << (columns - 1).bit_length()))
-    block = min(found.group & -found.group, MOST_BLOCK)
-    return block if block >= LEAST_BLOCK else None
+        return min(BLOCKS, key=lambda size: (-(-columns // size) * (size * found.bits + 32), -size))
+    block = min(found.group & -found.group, BLOCKS[-1])
+    return block if block >= BLOCKS[0] else None
 
 
 def _blockwise(graph: Graph, x: str, found: Integers, block: int, name: str) -> str:
@@ -339,8 +340,12 @@ def convolution(graph: Graph, x: str, node: Node, window: Window, name: str, bia
 
 
 def _turned(node: Node) -> Node:
-    """A factor with its axes exchanged: factors are small, and floats or codes become float32."""
-    return Dense(node.dense().T.contiguous())
+    """A factor with its axes exchanged: factors are small, and codes become float32."""
+    match node:
+        case Dense(values=values):
+            return Dense(values.T.contiguous())
+        case _:
+            return Dense(node.dense().T.contiguous())
 
 
 def _conv(graph: Graph, x: str, values: str, window: Window, bias: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ def least_damage(sites: Sites, limit: int, fixed: int) -> Plan:
     if smallest > limit:
         raise BudgetError(f"{limit:,} bytes are not possible: the smallest file for this target has "
                           f"{smallest:,} bytes ({fixed:,} of them tokenizer, norms and metadata); "
-                          f"pass --to {_megabytes(smallest)} or more")
+                          f"pass --to {asked(smallest)} or more")
     return _solve(sites, "damage", "bytes", limit - fixed)
 
 
@@ -43,8 +43,9 @@ def least_bytes(sites: Sites, max_damage: float) -> Plan:
     return _solve(sites, "bytes", "damage", max_damage)
 
 
-def _megabytes(size: int) -> str:
-    return f"{-(-size // 10**5) / 10:.1f}MB"
+def asked(size: int) -> str:
+    """A size as one may ask for it, rounded up: ``79.6MB``, ``15kB``."""
+    return f"{-(-size // 10**5) / 10:.1f}MB" if size >= 10**6 else f"{-(-size // 1000)}kB"
 
 
 def _solve(sites: Sites, goal: str, bound: str, limit: float) -> Plan:

@@ -8,7 +8,7 @@ says ``whole`` (rank is no property of a sample) sees every row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,15 +25,19 @@ ROWS = 192
 
 def options_at(site: str, weight: Tensor, evidence: Evidence, choices: Mapping[str, Choice],
                techniques: Iterable[type[Any]], generator: torch.Generator,
-               kernel: tuple[int, ...] = ()) -> tuple[Option, ...]:
+               kernel: tuple[int, ...] = (), held: Callable[[Option], Option | None] = lambda option: option
+               ) -> tuple[Option, ...]:
     """All options of all ``techniques`` for ``weight`` [out, in], the useful ones only; kernel as in Leaf.
+
+    held: an option at the bytes that the target stores it in; None: it has no such form.
 
     An option is useless when another one costs no more bytes and does no more damage.
     """
     whole = Leaf(site, Dense(weight), weight, None, evidence, kernel)
     leaf = replace(sample(site, weight, evidence, generator), kernel=kernel)
-    found = [option for technique in techniques
-             for option in technique.options(whole if getattr(technique, "whole", False) else leaf, choices)]
+    found = [priced for technique in techniques
+             for option in technique.options(whole if getattr(technique, "whole", False) else leaf, choices)
+             if (priced := held(option)) is not None]
     if not found:
         raise TargetError(f"{site}: no format of the target can store rows of {weight.shape[1]} weights")
     return tuple(frontier(found))

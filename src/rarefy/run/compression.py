@@ -51,6 +51,7 @@ class Compression:
         with self.clock.stage("data"):
             data = self.subject.gather(job.data, job.eval_data, self.effort, job.seed, self.progress,
                                        self.journal.work / "data.safetensors")
+            self.destination = self.destination.given(self.subject, data)
         if job.recipe is not None:
             with self.progress.stage("reshape") as stage, self.clock.stage("reshape"):
                 self.view, self.reshapings = self.subject.reshaped(job.recipe, self.effort, data,
@@ -85,6 +86,7 @@ class Compression:
                 continue
             with self.progress.stage("proof") as stage, self.clock.stage("proof"):
                 candidate = self.destination.reopened(self.subject, self.exported)
+                assert candidate is not None  # a target reads what it just wrote
                 measured = self.subject.measure(candidate, data, stage)
             moved = distance(measured["float"])
             if job.to is not None or bound is None or job.max_kl is None or moved <= job.max_kl:
@@ -246,7 +248,7 @@ def versions() -> dict[str, str]:
     """Versions of everything that has a say in the result."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("rarefy", "torch", "transformers", "numpy", "scipy", "gguf", "xllamacpp",
-                    "llama-cpp-python"):
+                    "llama-cpp-python", "onnx", "onnxscript", "onnxruntime", "openvino"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

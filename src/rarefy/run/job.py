@@ -122,6 +122,7 @@ def plan(job: Job, progress: Progress | None = None) -> Planned:
         destination, model = destination_for(job.target, subject), subject.opened
         possible(destination, model, job)
         data = subject.gather(job.data, job.eval_data, effort, job.seed, progress)
+        destination = destination.given(subject, data)
         found = take_survey(subject, destination, data, effort, job.seed, Path(folder), progress)
         chosen = allocate(found.calibrated(model.map.sites), limit_of(destination, model, job),
                           destination.fixed_bytes(model), job.max_kl)
@@ -176,8 +177,10 @@ def evaluate(out: Path, against: str | Model | Network, progress: Progress | Non
             subject = subject_of(against, dequantize=True)
             destination.accepts(subject)
             data = subject.judged(eval_data, how, seed)
+            destination = destination.given(subject, data)
         with progress.stage("proof") as stage, clock.stage("proof"):
-            measured = subject.measure(destination.reopened(subject, path), data, stage)
+            again = destination.reopened(subject, path)
+            measured = {} if again is None else subject.measure(again, data, stage)
         with progress.stage(destination.target.name) as stage, clock.stage("runtime"):
             measured["runtime"] = destination.prove(subject, path, data, how, stage)
         with (progress.stage("speed") as stage, clock.stage("speed"),

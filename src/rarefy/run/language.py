@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,9 @@ class Language:
 
     def trees(self) -> dict[str, Node]:
         return stored_trees(self.opened)
+
+    def glimpse(self, data: Data) -> Data:
+        return replace(data, evaluation=data.evaluation[:2], second=None)
 
     @torch.no_grad()
     def measure_live(self, candidate: nn.Module, data: Data, effort: Effort) -> dict[str, Any]:

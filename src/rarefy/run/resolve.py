@@ -19,10 +19,12 @@ from rarefy.run.samples import Samples
 from rarefy.run.subject import Subject
 from rarefy.run.target import Destination
 from rarefy.run.to_llamacpp import LlamaCpp
+from rarefy.run.to_onnx import ENGINES, Traced
 from rarefy.run.to_torch import Torch
 
 AUTO = "auto"
-TARGETS: dict[str, Destination] = {each.target.name: each for each in (LlamaCpp(), Torch())}
+_ALL: tuple[Destination, ...] = (LlamaCpp(), Torch(), *(Traced(engine) for engine in ENGINES))
+TARGETS: dict[str, Destination] = {each.target.name: each for each in _ALL}
 
 
 def subject_of(model: str | Path | Model | Network, *, dequantize: bool = False) -> Subject:
@@ -73,6 +75,10 @@ def destination_for(target: str, subject: Subject) -> Destination:
 def exported(out: Path) -> tuple[Destination, Path]:
     """The exported file or folder that ``out`` is or holds, and the target that it is for."""
     llama, torch = TARGETS["llama.cpp"], TARGETS["torch"]
+    for engine in ENGINES:  # a folder, whichever part of it is named
+        for place in (out.parent if out.is_file() else out, TARGETS[engine.target.name].place(out)):
+            if (place / engine.file).is_file():
+                return TARGETS[engine.target.name], place
     if out.is_file():
         return llama, out
     for place in (out, torch.place(out)):
@@ -80,6 +86,6 @@ def exported(out: Path) -> tuple[Destination, Path]:
             return torch, place
     found = sorted(out.glob("*.gguf")) if out.is_dir() else []
     if len(found) != 1:
-        raise OutputError(f"{out}: holds {len(found)} .gguf files and no native folder; pass the file, or a "
-                          "folder that rarefy compress wrote")
+        raise OutputError(f"{out}: holds {len(found)} .gguf files and no native folder or graph; pass the "
+                          "file, or a folder that rarefy compress wrote")
     return llama, found[0]

@@ -134,13 +134,13 @@ class Samples:
 
     def survey(self, data: Shown, effort: Effort, generator: torch.Generator, advance: Advance
                ) -> Iterator[Seen]:
-        return survey(self.opened, _some(data.calibration, effort.samples[0]), generator, advance)
+        return survey(self.opened, some(data.calibration, effort.samples[0]), generator, advance)
 
     def outside(self, site: Site) -> bool:
         return any(isinstance(user, nn.Embedding) for user in self.opened.users(site.path))
 
     def distance(self, data: Shown, effort: Effort) -> Callable[[Override], float]:
-        judge = Judge(self.opened, _some(data.calibration, effort.samples[0]))
+        judge = Judge(self.opened, some(data.calibration, effort.samples[0]))
         return lambda override: judge.compare(self.opened, override).mean
 
     def sweep(self, work: Mapping[str, Work], data: Shown, seen: Mapping[str, Evidence],
@@ -186,8 +186,8 @@ class Samples:
                      ).compare(self.opened.running(candidate)).as_dict()
 
     def paces(self, data: Shown) -> dict[str, Pace]:
-        return {"batch": self._pace(_some(data.evaluation, TIMED)),
-                "single": self._pace(_some(data.evaluation, 1))}
+        return {"batch": self._pace(some(data.evaluation, TIMED)),
+                "single": self._pace(some(data.evaluation, 1))}
 
     def _pace(self, examples: Examples) -> Pace:
         batch = next(examples.batches(len(examples)))
@@ -223,7 +223,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
     return Examples(columns, torch.cat(labels) if len(labels) == len(parts) else None)
 
 
-def _some(examples: Examples, count: int) -> Examples:
+def some(examples: Examples, count: int) -> Examples:
     """As many, spread evenly."""
     if len(examples) <= count:
         return examples

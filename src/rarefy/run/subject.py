@@ -98,6 +98,10 @@ class Subject(Protocol):
         """The trees that this was opened from, not decoded."""
         ...
 
+    def glimpse(self, data: Any) -> Any:
+        """A few of the examples, without labels: enough to tell whether two programs compute the same."""
+        ...
+
     def measure_live(self, candidate: nn.Module, data: Any, effort: Effort) -> dict[str, Any]:
         """A few numbers of the same kind, for a network that runs by other kernels."""
         ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def take_survey(subject: Subject, destination: Destination, data: Any, effort: E
             path, weight, evidence = at.site.path, opened.weight(at.site.path), at.evidence
             if steps is None:
                 found.options[path] = options_at(path, weight, evidence, destination.choices(opened, at.site),
-                                                 techniques, generator, at.site.kernel)
+                                                 techniques, generator, at.site.kernel,
+                                                 partial(destination.held, opened, at.site))
                 if effort.swaps:
                     found.probes[path] = probe_damage(weight, evidence)
             if shared:

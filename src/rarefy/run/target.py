@@ -1,7 +1,8 @@
 """Where a compressed model goes: what the runtime there can store, the file it loads, the proof in it.
 
-There are two: ``to_llamacpp`` (one GGUF file, run by llama.cpp) and ``to_torch`` (a native folder that keeps
-every tree, run by PyTorch with the kernels that there are for it).
+There are three: ``to_llamacpp`` (one GGUF file, run by llama.cpp), ``to_torch`` (a native folder that keeps
+every tree, run by PyTorch with the kernels that there are for it) and ``to_onnx`` (a traced graph with the
+codes in it, run by ONNX Runtime or OpenVINO).
 """
 
 from __future__ import annotations
@@ -46,10 +47,19 @@ class Destination(Protocol):
         """TargetError for a kind of network that the target does not run."""
         ...
 
+    def given(self, subject: Subject, data: Any) -> Destination:
+        """This target for a job whose examples are known: a graph is traced with some of them. TargetError
+        when that cannot be done."""
+        ...
+
     # ---- formats
 
     def choices(self, opened: Opened, site: Site) -> dict[str, Choice]:
         """Every format in which the target could store a site."""
+        ...
+
+    def held(self, opened: Opened, site: Site, option: Option) -> Option | None:
+        """An option at the bytes that the target stores it in; None: it has no such form."""
         ...
 
     def untouched(self, opened: Opened, site: Site) -> Option:
@@ -88,8 +98,8 @@ class Destination(Protocol):
         """Write it, replacing an earlier one."""
         ...
 
-    def reopened(self, subject: Subject, path: Path) -> Subject:
-        """The export, read back as a subject of the same kind."""
+    def reopened(self, subject: Subject, path: Path) -> Subject | None:
+        """The export, read back as a subject of the same kind; None where it can only be run."""
         ...
 
     def prove(self, subject: Subject, path: Path, data: Any, effort: Effort, stage: Stage) -> dict[str, Any]:

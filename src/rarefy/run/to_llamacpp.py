@@ -20,7 +20,7 @@ from rarefy.run.effort import Effort
 from rarefy.run.language import Language
 from rarefy.run.progress import Stage
 from rarefy.run.subject import Subject
-from rarefy.run.target import Beside, Opened
+from rarefy.run.target import Beside, Destination, Opened
 from rarefy.runtimes.llamacpp import runtime
 
 PLAIN = "F16"
@@ -37,11 +37,17 @@ class LlamaCpp:
     def accepts(self, subject: Subject) -> None:
         _model(subject.opened)
 
+    def given(self, subject: Subject, data: Any) -> Destination:
+        return self
+
     # ---- formats
 
     def choices(self, opened: Opened, site: Site) -> dict[str, Choice]:
         return {name: Choice(CODECS[name].grid or CODECS[name].dtype, site_bytes(site, name))
                 for name in loadable(_model(opened), site)}
+
+    def held(self, opened: Opened, site: Site, option: Option) -> Option | None:
+        return option
 
     def untouched(self, opened: Opened, site: Site) -> Option:
         return self.asked(opened, site, ())

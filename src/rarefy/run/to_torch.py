@@ -37,7 +37,7 @@ from rarefy.run.planning import grid_named
 from rarefy.run.progress import Stage
 from rarefy.run.samples import Samples
 from rarefy.run.subject import Subject
-from rarefy.run.target import Beside, Opened
+from rarefy.run.target import Beside, Destination, Opened
 from rarefy.runtimes.torch import attach
 
 TREE = "tree"  # any tree, at the bits that it counts
@@ -62,6 +62,9 @@ class Torch:
     def accepts(self, subject: Subject) -> None:
         """Anything."""
 
+    def given(self, subject: Subject, data: Any) -> Destination:
+        return self
+
     # ---- formats
 
     def choices(self, opened: Opened, site: Site) -> dict[str, Choice]:
@@ -74,6 +77,9 @@ class Torch:
         for name, dtype in FLOATS.items():
             found[name] = Choice(dtype, prod(site.shape) * dtype.itemsize)
         return found
+
+    def held(self, opened: Opened, site: Site, option: Option) -> Option | None:
+        return option
 
     def untouched(self, opened: Opened, site: Site) -> Option:
         dtype = _dtype(opened, site)

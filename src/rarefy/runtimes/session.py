@@ -30,7 +30,8 @@ from rarefy.runtimes.child import Input, packed, unpacked
 from rarefy.runtimes.llamacpp import Memory, usable_threads
 
 TIMEOUT = 600.0
-PIP = {"onnxruntime": "pip install 'rarefy[onnx]'", "openvino": "pip install 'rarefy[openvino]'",
+PIP = {"onnx": "pip install 'rarefy[onnx]'", "onnxscript": "pip install 'rarefy[onnx]'",
+       "onnxruntime": "pip install 'rarefy[onnx]'", "openvino": "pip install 'rarefy[openvino]'",
        "compressed_tensors": "pip install 'rarefy[transformers]'",
        "peft": "pip install 'rarefy[transformers]'"}
 

@@ -1,0 +1,446 @@
+"""The targets onnxruntime and openvino: a network as a traced graph, with the codes of its trees in it.
+
+Both load integers of a few bits (ONNX Runtime 2, 4 and 8, OpenVINO 4 and 8), floats, and low rank as two
+products; what else a recipe asks for goes over as larger numbers, and is said. Bytes are foreseen by building
+each weight's piece of the graph and weighing it, and the rest by exporting a stand-in with other codes.
+
+Where every input of a layer can be rounded to 8 bits as well, integers multiply faster than floats. That is
+done when it moves answers on calibration samples by no more than the weights did, or by hardly anything.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core.errors import ModelError, RecipeError, TargetError, did_you_mean
+from rarefy.core.nodes import Dense, Node, Product
+from rarefy.core.nouns import Choice, Option, Step, Target
+from rarefy.core.tensors import Tucker
+from rarefy.export.onnx import ONNXRUNTIME, Exported, OnnxSettings, export_onnx
+from rarefy.export.openvino import OPENVINO, export_openvino
+from rarefy.export.pieces import Use, codes_like, float_bytes, grid_bytes, piece, runs, uses_of, weighed
+from rarefy.export.program import METHODS, Program, trace
+from rarefy.formats.onnx import Compute
+from rarefy.measure.resources import bytes_on_disk
+from rarefy.measure.task import Judge
+from rarefy.models.form import MASK
+from rarefy.models.map import Site
+from rarefy.models.network import TENSOR, Network
+from rarefy.numerics.grids import Grid, integer_grid_named
+from rarefy.planner.allocate import Plan
+from rarefy.report.verdict import distance
+from rarefy.run.effort import Effort
+from rarefy.run.planning import grid_named
+from rarefy.run.progress import Stage
+from rarefy.run.samples import Samples, Shown, some
+from rarefy.run.subject import Subject
+from rarefy.run.target import Beside, Destination, Opened
+from rarefy.run.to_torch import FLOATS, TREE, outline
+from rarefy.runtimes.bench import Timed, compare
+from rarefy.runtimes.session import Session, require
+from rarefy.runtimes.verify import verify
+
+INSIDE = "model"  # the folder of the graph, with whatever prepares its inputs
+FOUR = ("int4", "int4z", "int4-g32", "int4z-g32", "int4-g64", "int4-g128")
+TWO = ("int2z-g16", "int2z-g32")
+SMALL = 0.002     # KL or cosine distance that rounding activations may cost in any case
+AGREEMENT = 0.02  # the same, between the runtime and our own reading of the file
+BROKEN = 0.05     # the same, to the original, from where on last bits decide answers
+CHOSEN, RANGES, BATCH = 256, 128, 32  # samples to choose by, samples to find ranges on, of them at once
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What sets the two apart. packages: what must be installed. file: in the folder of the export. contrib:
+    may use ONNX Runtime's own operators. grids: what it stores without padding codes."""
+
+    target: Target
+    packages: tuple[str, ...]
+    write: Callable[..., Exported]
+    file: str
+    contrib: bool
+    grids: tuple[str, ...]
+
+    def computes(self, network: Network) -> tuple[Compute, ...]:
+        """How activations could be rounded, the fastest first."""
+        if not self.contrib:
+            return ("static",)
+        return ("static", "dynamic") if any(s.kernel for s in network.map.sites) else ("dynamic",)
+
+
+ENGINES = (
+    Engine(replace(ONNXRUNTIME, formats=(TREE, "int8", *FOUR, *TWO, *FLOATS)),
+           ("onnx", "onnxscript", "onnxruntime"), export_onnx, "model.onnx", True, ("int8", *FOUR, *TWO)),
+    Engine(replace(OPENVINO, formats=(TREE, "int8", *FOUR, "float32")),
+           ("onnx", "onnxscript", "openvino"), export_openvino, "model.xml", False, ("int8", *FOUR)),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What this process exported last."""
+
+    path: Path
+    network: Network
+    exported: Exported
+
+
+class Traced:
+    """Networks as graphs for one engine. shown: the examples of the job, without which nothing is traced."""
+
+    def __init__(self, engine: Engine, shown: Shown | None = None) -> None:
+        self.engine, self.target, self.shown_to = engine, engine.target, shown
+        self._programs: WeakKeyDictionary[Network, Program] = WeakKeyDictionary()
+        self._sizes: WeakKeyDictionary[Network, tuple[int, int]] = WeakKeyDictionary()
+        self._made: _Made | None = None
+
+    def ready(self) -> None:
+        for package in self.engine.packages:
+            require(package)
+
+    def accepts(self, subject: Subject) -> None:
+        self._network(subject.opened)
+
+    def given(self, subject: Subject, data: Any) -> Destination:
+        assert isinstance(data, Shown)
+        informed = Traced(self.engine, data)
+        informed._program(self._network(subject.opened))
+        return informed
+
+    # ---- formats
+
+    def choices(self, opened: Opened, site: Site) -> dict[str, Choice]:
+        uses, contrib = self._uses(opened, site), self.engine.contrib
+        found = {TREE: Choice(None, 0)}
+        for name in self.engine.grids:
+            grid = integer_grid_named(name)
+            assert grid is not None
+            if _fits(grid, site, uses):
+                found[name] = Choice(grid, grid_bytes(site, grid, uses, contrib=contrib))
+        for dtype in dict.fromkeys((self._factors(uses), torch.float32)):
+            name = str(dtype).removeprefix("torch.")
+            found[name] = Choice(dtype, float_bytes(site, dtype, uses, contrib=contrib))
+        return found
+
+    def _factors(self, uses: tuple[Use, ...]) -> torch.dtype:
+        """The smallest floats that stay as they are: OpenVINO's conversion unfolds 16 bits, and so does
+        folding BatchNorm into a convolution."""
+        convolved = any(use.kind == "Conv" for use in uses)
+        return torch.float16 if self.engine.contrib and not convolved else torch.float32
+
+    def held(self, opened: Opened, site: Site, option: Option) -> Option | None:
+        """Of trees, low rank: masks are stored as zeros, and codebooks without their coding."""
+        if option.format != TREE:
+            return option
+        uses = self._uses(opened, site)
+        tree = _low_rank(site, uses, option.steps[0], self._factors(uses))
+        return None if tree is None else replace(option, bytes=weighed(
+            piece(tree, site, uses, contrib=self.engine.contrib)))
+
+    def untouched(self, opened: Opened, site: Site) -> Option:
+        size = float_bytes(site, torch.float32, self._uses(opened, site), contrib=self.engine.contrib)
+        return Option(site.path, "float32", size, 0.0)
+
+    def asked(self, opened: Opened, site: Site, steps: Sequence[Step]) -> Option:
+        """Bytes are known when it is done."""
+        if not steps:
+            return self.untouched(opened, site)
+        for step in steps:
+            if step.format and step.format not in self.target.formats and grid_named(step.format) is None:
+                known = list(self.target.formats)
+                raise RecipeError(f"{site.path}: format {step.format!r} is unknown"
+                                  f"{did_you_mean(step.format, known)}; choose one of {', '.join(known)}")
+        return Option(site.path, TREE, 0, float("nan"), tuple(steps))
+
+    def shown(self, option: Option, tree: Node | None) -> Option:
+        if tree is None or self._made is None:
+            return option
+        site, network = self._made.network.map.by_path[option.site], self._made.network
+        made = piece(tree, site, self._uses(network, site), contrib=self.engine.contrib)
+        return replace(option, format=outline(tree), bytes=weighed(made))
+
+    # ---- sizes
+
+    def fixed_bytes(self, opened: Opened) -> int:
+        """The graph, what no technique rewrites, and other files; without the graph before examples are
+        known."""
+        network = self._network(opened)
+        if self.shown_to is None:
+            return 4 * sum(prod(param.shape) for param in network.map.params) + _beside(network)
+        return self._measured(network)[0]
+
+    def original_bytes(self, opened: Opened) -> int:
+        """The export with every weight in float32."""
+        network = self._network(opened)
+        if self.shown_to is None:
+            return self.fixed_bytes(network) + 4 * sum(prod(site.shape) for site in network.map.sites)
+        return self._measured(network)[1]
+
+    def least_bytes(self, opened: Opened, site: Site) -> int:
+        """Not known: low rank may go below every format."""
+        return 0
+
+    def _measured(self, network: Network) -> tuple[int, int]:
+        """Fixed bytes and those of the original, of files that are written to see."""
+        if network not in self._sizes:
+            generator, grid = torch.Generator().manual_seed(SEED), integer_grid_named("int8")
+            assert grid is not None
+            sites, contrib = network.map.sites, self.engine.contrib
+            stand_in = {site.path: codes_like(site, grid, generator) for site in sites}
+            own = sum(grid_bytes(site, grid, self._uses(network, site), contrib=contrib) for site in sites)
+            with tempfile.TemporaryDirectory() as folder:
+                place = Path(folder)
+                rounded = OnnxSettings(self.engine.computes(network)[0])
+                self._write(network, stand_in, place / "small", rounded)
+                self._write(network, {}, place / "original", OnnxSettings())
+                small, original = bytes_on_disk(place / "small"), bytes_on_disk(place / "original")
+            beside = _beside(network)
+            self._sizes[network] = max(small - own, 0) + beside, original + beside
+        return self._sizes[network]
+
+    # ---- the export
+
+    def place(self, folder: Path) -> Path:
+        return folder / INSIDE
+
+    def export(self, opened: Opened, trees: Mapping[str, Node], plan: Plan, path: Path) -> None:
+        network = self._network(opened)
+        held = {site: trees[site] for site in plan if site in trees}
+        if path.exists():
+            shutil.rmtree(path)
+        done = self._write(network, held, path, self._settings(network, held))
+        _write_beside(network, path)
+        self._made = _Made(path, network, done)
+        if done.notes:
+            warnings.warn(f"{self.target.name} has no form as small for {len(done.notes)} weights: "
+                          f"{done.notes[0]}", stacklevel=1)
+
+    def reopened(self, subject: Subject, path: Path) -> Subject | None:
+        """What the file computes, by our own evaluation of what went into it."""
+        if self._made is None or self._made.path != path:
+            return None
+        return Samples(self._made.network.running(Reading(self._made.exported, self._example())))
+
+    def prove(self, subject: Subject, path: Path, data: Any, effort: Effort, stage: Stage) -> dict[str, Any]:
+        """As the runtime computes by itself against the original, and as exactly as it can against us."""
+        file, engine = path / self.engine.file, self.target.name
+        with Session(file, engine, exact=False) as session:
+            found = subject.measure_live(Asking(session), data, effort)
+            said = {"name": engine, "version": session.version, **found, "memory": asdict(session.memory())}
+        again = self.reopened(subject, path)
+        if again is None or self._made is None:
+            return said
+        done = self._made.exported
+        batches = list(some(data.evaluation, 2 * BATCH).by_length().batches(BATCH))
+        # rounding flips last bits, and a network that compression broke amplifies them: no fault of the file
+        moved, rounds = distance(found), done.settings.compute != "float"
+        agreed = verify(done, batches, engine=engine, tolerance=float("inf") if rounds and moved > BROKEN
+                        else None)
+        with Session(file, engine) as session:
+            apart = again.measure_live(Asking(session), data, effort)
+        drift = distance(apart)
+        if not drift <= max(AGREEMENT, 0.5 * moved):
+            raise TargetError(f"{file.name}: {engine} computes something else than the file says "
+                              f"({drift:.3g} apart); this is a bug of the export: report it")
+        means = {key: value for key, value in apart.items() if key.endswith("_mean")}
+        return {**said, "activations": _activations(done.settings),
+                "logit_error_vs_float": {**means, "relative_error": agreed.error,
+                                         "relative_error_allowed": agreed.bound}}
+
+    def beside(self, subject: Subject, path: Path, data: Any, work: Path, effort: Effort, stage: Stage
+               ) -> Beside:
+        """The original as float32 in the same runtime."""
+        original = work / "original"
+        stage.line("the original as float32")
+        network = self._network(subject.opened)
+        self._write(network, {}, original, OnnxSettings())
+        length = _length(data)
+        rows = compare([original / self.engine.file, path / self.engine.file], length=length,
+                       visits=1 + 2 * effort.repeats)
+        shutil.rmtree(original)
+        return Beside({**_speed(*rows), "tokens": length}, lowered=self._lowered())
+
+    def how_to_run(self, out: Path) -> list[str]:
+        file = self.place(out) / self.engine.file
+        made = {"onnxruntime": f"onnxruntime.InferenceSession('{file}')",
+                "openvino": f"openvino.Core().compile_model('{file}', 'CPU')"}[self.target.name]
+        return [f"python -c \"import {self.target.name}; network = {made}\""]
+
+    # ---- graphs
+
+    def _network(self, opened: Opened) -> Network:
+        if isinstance(opened, Network):
+            return opened
+        raise TargetError(f"{opened.name}: a causal language model, which would be a graph without its cache "
+                          f"for {self.target.name}; pass --for llama.cpp or --for torch, or write a "
+                          "checkpoint with rarefy export --for transformers")
+
+    def _uses(self, opened: Opened, site: Site) -> tuple[Use, ...]:
+        return uses_of(self._network(opened).users(site.path))
+
+    def _example(self) -> dict[str, Tensor]:
+        """Two of the longest samples."""
+        assert self.shown_to is not None
+        samples = self.shown_to.calibration if len(self.shown_to.calibration) else self.shown_to.evaluation
+        ordered = samples.by_length()
+        last = torch.arange(max(0, len(ordered) - 2), len(ordered))
+        return next(ordered.select(last).batches(2))
+
+    def _program(self, network: Network) -> Program:
+        if network not in self._programs:
+            example = self._example()
+            self._programs[network] = trace(network.module, example, (0, 1) if MASK in example else (0,))
+        return self._programs[network]
+
+    def _write(self, network: Network, trees: Mapping[str, Node], folder: Path, settings: OnnxSettings, *,
+               write: Callable[..., Exported] | None = None) -> Exported:
+        folder.mkdir(parents=True, exist_ok=True)
+        ranges: list[dict[str, Tensor]] = []
+        if settings.compute == "static" and self.shown_to is not None:
+            ranges = list(some(self.shown_to.calibration, RANGES).by_length().batches(BATCH))
+        return (write or self.engine.write)(
+            network.module, trees, folder / self.engine.file, inputs=self._example(), settings=settings,
+            calibration=ranges, program=self._program(network))
+
+    def _settings(self, network: Network, trees: Mapping[str, Node]) -> OnnxSettings:
+        """How the file computes: in integers where that costs little, decided on calibration samples."""
+        assert self.shown_to is not None
+        plain = OnnxSettings(contrib=self.engine.contrib)
+        judge = Judge(network, replace(some(self.shown_to.calibration, CHOSEN), labels=None))
+        moved = judge.compare(network, trees.get).mean
+        with tempfile.TemporaryDirectory() as folder:
+            for compute in self.engine.computes(network):
+                tried = []
+                for method in METHODS if compute == "static" else METHODS[:1]:
+                    settings = replace(plain, compute=compute, ranges=method)
+                    done = self._write(network, trees, Path(folder), settings, write=export_onnx)
+                    if not done.plan.operators:
+                        break
+                    reading = network.running(Reading(done, self._example()))
+                    tried.append((judge.compare(reading).mean, METHODS.index(method), settings))
+                if tried and min(tried)[0] - moved <= max(moved, SMALL):
+                    return min(tried)[2]
+        return plain
+
+    def _lowered(self) -> dict[str, str]:
+        if self._made is None:
+            return {}
+        network, done = self._made.network, self._made.exported
+        return {site.path: runs(done, site, self._uses(network, site), contrib=self.engine.contrib)
+                for site in network.map.sites}
+
+
+class Reading(nn.Module):
+    """What an exported file should answer, by our own evaluation. example: inputs in the file's order."""
+
+    def __init__(self, exported: Exported, example: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.exported, self.names = exported, tuple(example)
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Any:
+        given = {TENSOR: args[0]} if args else {name: named[name] for name in self.names}
+        return _named(self.exported.program.key, self.exported.expected(given))
+
+
+class Asking(nn.Module):
+    """A network that runs elsewhere."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Any:
+        found = self.session.run({TENSOR: args[0]} if args else named)
+        name, values = next(iter(found.items()))
+        return _named(name, torch.from_numpy(values.copy()))
+
+
+def _named(key: str, values: Tensor) -> Any:
+    """An answer as the network itself gives it."""
+    return values if key == "output" else {key: values}
+
+
+def _fits(grid: Grid, site: Site, uses: tuple[Use, ...]) -> bool:
+    """Whether rows divide into groups. Convolutions in integers hold symmetric codes of few bits under one
+    scale in 8 bits, so those are not for them."""
+    if any(use.kind == "Conv" for use in uses) and grid.name == "int4grow":
+        return False
+    return site.shape[1] % (grid.block or 1) == 0 and grid.block < site.shape[1]
+
+
+def _low_rank(site: Site, uses: tuple[Use, ...], step: Step, dtype: torch.dtype) -> Node | None:
+    """A tree of the form that a planned step gives, its factors in ``dtype``; None: it is no smaller."""
+    def factor(*shape: int) -> Node:
+        return Dense(torch.zeros(shape, dtype=dtype))
+
+    out, columns = site.shape
+    match step.technique, step.settings.get("rank"):
+        case "svd_llm", int(rank):
+            return Product(factor(out, rank), factor(rank, columns))
+        case "tucker", [int(a), int(b)] if all(use.groups == 1 for use in uses):
+            channels, *window = site.kernel
+            return Tucker(factor(out, a), factor(a, b * prod(window)), factor(channels, b), tuple(window))
+        case _:
+            return None
+
+
+def _activations(settings: OnnxSettings) -> str:
+    """How a receipt says it."""
+    return {"float": "floats", "dynamic": "8 bits, ranges as they come",
+            "static": f"8 bits, calibrated ranges ({settings.ranges})"}[settings.compute]
+
+
+def _length(data: Shown) -> int:
+    """Tokens of a typical text."""
+    mask = data.evaluation.inputs.get(MASK)
+    return 64 if mask is None else max(1, round(float(mask.sum(1).float().mean())))
+
+
+def _speed(original: Timed, compressed: Timed) -> dict[str, Any]:
+    """Samples per second one at a time and eight at once, with the latencies that they are from."""
+    said: dict[str, Any] = {"drift": max(original.spread.values()), "ratio_single": compressed.ratio[1],
+                            "ratio_batch": compressed.ratio[8], "spread_single": compressed.spread[1],
+                            "spread_batch": compressed.spread[8]}
+    for name, row in (("original", original), ("compressed", compressed)):
+        said[name] = {"single": 1000 / row.latency[1].median, "batch": 8000 / row.latency[8].median,
+                      "load_seconds": row.load,
+                      "latency_ms": {str(batch): asdict(found) for batch, found in row.latency.items()}}
+        said[f"memory_{name}"] = {"peak": row.peak}
+    return said
+
+
+# ---- what lies beside the graph
+
+
+def _write_beside(network: Network, folder: Path) -> None:
+    """The tokenizer of a text encoder, and how images are prepared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if network.form.takes == "text":
+        with suppress(ModelError):  # shown tokens in memory, it may have none
+            network.tokenizer.save_pretrained(folder)
+    for path in network.files:
+        shutil.copyfile(path, folder / path.name)
+
+
+_BESIDE: WeakKeyDictionary[Network, int] = WeakKeyDictionary()
+
+
+def _beside(network: Network) -> int:
+    if network not in _BESIDE:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_beside(network, Path(folder))
+            _BESIDE[network] = bytes_on_disk(Path(folder))
+    return _BESIDE[network]
