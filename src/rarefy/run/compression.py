@@ -16,7 +16,7 @@ from rarefy.core.errors import BudgetError
 from rarefy.core.nodes import Node
 from rarefy.core.nouns import Budget, Receipt, Recipe
 from rarefy.measure.resources import Clock, bytes_on_disk, fingerprint, fingerprints, peak_rss
-from rarefy.planner.allocate import Plan
+from rarefy.planner.allocate import Plan, asked
 from rarefy.report.verdict import distance
 from rarefy.run.effort import Effort
 from rarefy.run.journal import Journal, Sites
@@ -156,7 +156,7 @@ class Compression:
         try:
             plan = allocate(found.calibrated(opened.map.sites), None, 0, wanted)
             enough = predicted_bytes(self.destination, opened, plan)
-            remedy = f"about --to {-(-enough // 10**4) / 100:g}MB would do"
+            remedy = f"about --to {asked(enough)} would do"
         except BudgetError:
             remedy = "no format of this target is predicted to do; pass a larger --max-kl"
         return f"measured KL {kl:.4f} is above --max-kl {self.job.max_kl:g} at {size / 1e6:.2f} MB; {remedy}"
@@ -197,8 +197,7 @@ def possible(destination: Destination, opened: Opened, job: Job) -> None:
                                                      for site in opened.map.sites)
     if smallest > limit:
         raise BudgetError(f"--to {job.to}: not possible; the smallest file that {destination.target.name} "
-                          f"can load has {smallest:,} bytes; pass --to {-(-smallest // 10**5) / 10:.1f}MB "
-                          "or more")
+                          f"can load has {smallest:,} bytes; pass --to {asked(smallest)} or more")
 
 
 def predicted_bytes(destination: Destination, opened: Opened, chosen: Plan) -> int:

@@ -37,6 +37,7 @@ from rarefy.run.sweep import Store, Work, rewrite
 
 STAGES = 12      # passes of a sequential sweep at most
 TIMED = 32       # samples that are timed together
+GLIMPSE = 128    # samples that tell whether two programs compute the same
 LABELS = "labels"
 
 
@@ -56,6 +57,7 @@ class Samples:
 
     def __init__(self, network: Network) -> None:
         self.opened: Network = network
+        self._judge: tuple[Shown, Judge] | None = None
 
     def about(self) -> dict[str, Any]:
         found, form = self.opened.map, self.opened.form
@@ -172,8 +174,18 @@ class Samples:
     def measure(self, candidate: Subject, data: Shown, stage: Stage) -> dict[str, Any]:
         assert isinstance(candidate, Samples)
         stage.line(f"{len(data.evaluation)} samples")
-        judge = Judge(self.opened, data.evaluation, data.calibration if len(data.calibration) else None)
-        return {"float": judge.compare(candidate.opened).as_dict(), "second_domain": None}
+        return {"float": self._judging(data).compare(candidate.opened).as_dict(), "second_domain": None}
+
+    def _judging(self, data: Shown) -> Judge:
+        """The original's answers, asked for once."""
+        if self._judge is None or self._judge[0] is not data:
+            calibration = data.calibration if len(data.calibration) else None
+            self._judge = data, Judge(self.opened, data.evaluation, calibration)
+        return self._judge[1]
+
+    def glimpse(self, data: Shown) -> Shown:
+        few = some(data.evaluation, GLIMPSE)
+        return Shown(few.select(torch.zeros(0, dtype=torch.int64)), Examples(few.inputs), data.sources)
 
     def live(self) -> nn.Module:
         return copy.deepcopy(self.opened.module)
@@ -182,8 +194,7 @@ class Samples:
         return stored_trees(self.opened)
 
     def measure_live(self, candidate: nn.Module, data: Shown, effort: Effort) -> dict[str, Any]:
-        return Judge(self.opened, data.evaluation, data.calibration if len(data.calibration) else None
-                     ).compare(self.opened.running(candidate)).as_dict()
+        return self._judging(data).compare(self.opened.running(candidate)).as_dict()
 
     def paces(self, data: Shown) -> dict[str, Pace]:
         return {"batch": self._pace(some(data.evaluation, TIMED)),

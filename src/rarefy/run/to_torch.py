@@ -143,7 +143,7 @@ class Torch:
         network = again.live()
         attach(network, again.trees())
         found = subject.measure_live(network, data, effort)
-        apart = again.measure_live(network, data, effort)
+        apart = again.measure_live(network, again.glimpse(data), effort)
         drift, moved = distance(apart), distance(found)
         # a network that compression broke amplifies what the kernels round as well: no fault of theirs
         if not drift <= max(AGREEMENT, 0.5 * moved):
