@@ -173,3 +173,35 @@ def test_same_receipt_same_page(receipt: dict[str, Any]) -> None:
 
 def test_printable_keeps_lines_and_drops_controls() -> None:
     assert printable("a\tb\nc\x07\x9bd") == "a\tb\nc\ufffd\ufffdd"
+
+
+def test_a_distance_too_small_to_draw_is_drawn_at_the_end(receipt: dict[str, Any]) -> None:
+    """Weights that are stored as they were move nothing but rounding."""
+    receipt["predicted_kl"] = 1e-12
+    for each in receipt["measured"].values():
+        each |= {"kl_mean": 1e-12, "kl_stderr": 1e-13, "kl_median": 0.0, "kl_p999": 1e-11}
+    assert "0.00000000" in Page(render(receipt)).words
+
+
+@pytest.mark.parametrize(("answers", "summary", "words"), [
+    ("classes", {"kl_mean": 0.004, "kl_stderr": 0.0004, "top1": 0.991, "samples": 872,
+                 "task": {"accuracy": 0.91, "accuracy_original": 0.925, "accuracy_stderr": 0.004, "f1": 0.9,
+                          "f1_original": 0.92, "by": "labels"}},
+     ("Same class 99.1%", "Accuracy 91.0%, the original's 92.5%.", "nats per sample",
+      "answers nearly like the original")),
+    ("embedding", {"distance_mean": 0.0121, "distance_stderr": 0.0004, "cosine": 0.9879, "samples": 872,
+                   "task": {"accuracy": 0.74, "accuracy_original": 0.742, "accuracy_stderr": 0.002,
+                            "f1": 0.74, "f1_original": 0.74, "by": "probe"}},
+     ("Same direction 0.9879", "Accuracy of a probe on its vectors 74.0%", "1 − cosine",
+      "stays very close to the original")),
+])
+def test_speaks_of_samples(answers: str, summary: dict[str, Any], words: tuple[str, ...],
+                           receipt: dict[str, Any]) -> None:
+    receipt["model"]["answers"], receipt["completions"] = answers, []
+    receipt["measured"] = {"float": summary, "second_domain": None}
+    receipt["speed"] = {"original": {"batch": 50.0}, "compressed": {"batch": 100.0}, "ratio_batch": 2.0}
+    receipt["lowered"] = {receipt["plan"][0]["site"]: "expanded once: smaller on disk, not faster"}
+    text = Page(render(receipt)).words
+    for word in (*words, "100 samples/s", "It runs 2.0× as fast.", "smaller on disk, not faster"):
+        assert word in text, word
+    assert "token first" not in text and "next token" not in text

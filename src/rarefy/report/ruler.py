@@ -65,7 +65,7 @@ def ruler(readings: list[Reading], bound: float | None, bands_of: Bands = words.
         return None
     steps = [m * 10.0 ** d for d in range(-7, 4) for m in (1, 2, 5)]
     low = max(step for step in steps if step <= max(min(values) / 1.2, steps[0]))
-    high = min(step for step in steps if step >= min(max(values) * 1.2, steps[-1]))
+    high = min(step for step in steps if step > low and step >= min(max(values) * 1.2, steps[-1]))
     right = WIDTH - RIGHT
 
     def place(value: float) -> float:
