@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def damaged(exported: Exported, tmp_path: Path, damage) -> Exported:
     damage(proto.graph)
     path = tmp_path / "damaged.onnx"
     onnx.save(proto, path)
-    return Exported(**{**vars(exported), "path": path})
+    return replace(exported, path=path)
 
 
 def _values(graph, name: str):

@@ -12,7 +12,7 @@ and runtimes compute the last kind once, when they load. No code is rounded agai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -329,7 +329,7 @@ def convolution(graph: Graph, x: str, node: Node, window: Window, name: str, bia
         case CP(factors=factors) if window.groups == 1 and len(factors) == 2 + len(window.kernel):
             inner = convolution(graph, x, _turned(factors[1]), point, f"{name}.1")
             for axis, factor in enumerate(factors[2:]):
-                move = Window(**{**vars(window.along(axis)), "groups": factor.shape[1]})
+                move = replace(window.along(axis), groups=factor.shape[1])
                 inner = convolution(graph, inner, _turned(factor), move, f"{name}.{axis + 2}")
             return convolution(graph, inner, factors[0], point, f"{name}.0", bias)
     values = weight(graph, node, name)
