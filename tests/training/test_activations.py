@@ -1,23 +1,29 @@
-"""Activations rounded in training: the paper's codes, moving ranges, and four bits that work."""
+"""Activations rounded in training: the paper's codes, moving ranges, and few bits that work."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from digits import BATCH, digits
-from rarefy.core.edit import Leaf, edit
+from rarefy.core.edit import edit
 from rarefy.core.errors import DataError, RecipeError
 from rarefy.core.nodes import Dense
-from rarefy.core.tune import soften
 from rarefy.models.folding import fold
+from rarefy.models.network import Network
 from rarefy.numerics.grids import integer_grid
+from rarefy.techniques.distill.hard_labels import HardLabels
+from rarefy.techniques.distill.soft_labels import SoftLabels
 from rarefy.techniques.quantize.lsq import LSQ
 from rarefy.techniques.quantize.rtn import RTN
-from rarefy.training.activations import Activations, Rounded
-from rarefy.training.loop import Batch, Loss, Task
+from rarefy.training.activations import Activations, Rounding
+from rarefy.training.examples import Rows
+from rarefy.training.loop import Settings
+from rarefy.training.signals import Distillation
+from rarefy.training.tune import Tuning, student_of, tune
 
 
 def jacob(x: float, low: float, high: float, bits: int) -> float:
@@ -71,55 +77,6 @@ def convolutional() -> nn.Sequential:
                          nn.Linear(72, 10))
 
 
-class Learning(Task):
-    """The folded network, its weights in training or not."""
-
-    def __init__(self, network: nn.Module, technique: object | None) -> None:
-        super().__init__()
-        self._network = (network,)
-        self.biases = nn.ParameterDict({
-            name.replace(".", ":"): nn.Parameter(value.clone())
-            for name, value in network.named_parameters() if name.endswith("bias")})
-        self.shapes = {name: value.shape for name, value in network.named_parameters() if value.ndim > 1}
-        self.softs = nn.ModuleDict()
-        for name in self.shapes:
-            matrix = network.get_parameter(name).detach().flatten(1)
-            leaf = Leaf(name, Dense(matrix), matrix, None, None)
-            self.softs[name.replace(".", ":")] = soften(leaf, frozenset({"weights"}), technique)  # type: ignore[arg-type]
-
-    def logits(self, x: Tensor) -> Tensor:
-        tensors = {name: self.softs[name.replace(".", ":")]().view(shape)
-                   for name, shape in self.shapes.items()}
-        tensors |= {name.replace(":", "."): value for name, value in self.biases.items()}
-        out: Tensor = functional_call(self._network[0], tensors, (x,))
-        return out
-
-    def forward(self, batch: Batch) -> Loss:
-        losses = nn.functional.cross_entropy(self.logits(batch["x"]), batch["y"], reduction="none")
-        return Loss(losses.sum(), torch.tensor(float(len(losses))))
-
-    def update(self, step: int, total: int) -> None:
-        for soft in self.softs.values():
-            soft.update(step, total)
-
-
-def run(task: Task, steps: int, rate: float) -> None:
-    x, y = images()
-    groups = [{"params": [value]} for value in task.parameters()]
-    optimizer = torch.optim.Adam(groups, rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(1, steps + 1):
-        rows = torch.randint(0, len(x), (BATCH,), generator=generator)
-        loss = task({"x": x[rows], "y": y[rows]})
-        optimizer.zero_grad()
-        (loss.total / loss.units).backward()
-        optimizer.step()
-        schedule.step()
-        task.update(step, steps)
-    task.eval()
-
-
 def images(held: bool = False) -> tuple[Tensor, Tensor]:
     data = digits()
     x, y = data[2:] if held else data[:2]
@@ -130,8 +87,8 @@ def correct(logits: Tensor, y: Tensor) -> float:
     return float((logits.argmax(1) == y).float().mean())
 
 
-def test_four_bits_of_a_convolutional_network() -> None:
-    """Trained, folded, and then weights and activations in 4 bits: rounded after training, or during it."""
+def test_few_bits_of_a_convolutional_network() -> None:
+    """Trained, folded, then weights of 2 bits and activations of 4: rounded after training, or during it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = convolutional()
@@ -146,39 +103,57 @@ def test_four_bits_of_a_convolutional_network() -> None:
     folded = fold(network, x[:8])
     assert folded.pairs == (("0", "1"), ("3", "4"))
     held, answers = images(held=True)
-    layers, grid = ["0", "3", "7"], integer_grid(3, 0)
-    before = correct(folded.module(held), answers)
+    grid, network = integer_grid(2, 0), Network.from_module(folded.module)
+    layers = [site.path.removesuffix(".weight") for site in network.map.sites]
+    before = correct(network.run({"0": held}), answers)
 
     ranges = Activations(layers, 4)
-    with ranges.on(folded.module), torch.no_grad():
+    with ranges.on(network.module), torch.no_grad():
         for rows in torch.arange(len(x)).split(BATCH):
-            folded.module(x[rows])
-    rounded = {}
-    for name, value in folded.module.named_parameters():
-        if value.ndim > 1:
-            matrix = value.flatten(1)
-            rounded[name] = edit(name, Dense(matrix), matrix, RTN(grid), "rtn", None,
-                                 torch.Generator())[0].dense().view(value.shape)
+            network.run({"0": x[rows]})
+    rounded = {path: edit(path, Dense(network.weight(path)), network.weight(path), RTN(grid), "rtn", None,
+                          torch.Generator())[0] for path in network.map.by_path}
     ranges.eval()
-    with ranges.on(folded.module), torch.no_grad():
-        after = correct(functional_call(folded.module, rounded, (held,)), answers)
+    with ranges.on(network.module), torch.no_grad():
+        after = correct(network.run({"0": held}, network.tensors(rounded.get)), answers)
 
-    activations = Activations(layers, 4, memory=0.9, delay=10)
-    inner = Learning(folded.module, LSQ(grid))
-    task = Rounded(inner, folded.module, activations)
-    run(task, 120, 2e-3)
-    with activations.on(folded.module), torch.no_grad():
-        during = correct(inner.logits(held), answers)
+    tuning = Tuning(frozenset({"biases"}), LSQ(grid), activations=Rounding(4, memory=0.9, delay=0.1))
+    settings = Settings(steps=120, batch=BATCH, rate=2e-3, schedule="linear", precision="float32")
+    objective = Distillation(network, network, ((1.0, HardLabels()), (1.0, SoftLabels())))
+    tuned = tune(network, {}, tuning, objective, Rows({"0": x, "labels": y}), settings)
+    assert set(tuned.ranges) == set(layers)
+    kept = Activations(layers, 4).eval()
+    kept.low, kept.high = (torch.tensor([getattr(tuned.ranges[name], end) for name in layers])
+                           for end in ("low", "high"))
+    with kept.on(network.module), torch.no_grad():
+        during = correct(network.run({"0": held}, network.tensors(tuned.trees.get) | tuned.params), answers)
     assert before > 0.94 and during > after + 0.01 and during > before - 0.03
-    assert not any(part._forward_pre_hooks for part in folded.module.modules())
+    assert not any(part._forward_pre_hooks for part in network.module.modules())
+
+
+def test_a_teacher_that_is_the_same_module_sees_no_rounding() -> None:
+    network = Network.from_module(nn.Sequential(nn.Linear(4, 3)))
+    tuning = Tuning(activations=Rounding(2))
+    student = student_of(network, {}, tuning, Settings()).eval()
+    assert student.activations is not None
+    student.activations.low.fill_(-1.0)
+    student.activations.high.fill_(1.0)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    with student.original() as module:
+        assert torch.equal(module(x), network.module(x))
+    assert not torch.equal(student({"0": x}), network.module(x))
 
 
 def test_what_means_nothing_is_refused() -> None:
     with pytest.raises(RecipeError, match="no layers"):
         Activations([])
     for settings in ({"bits": 1}, {"memory": 1.0}, {"delay": -1}):
-        with pytest.raises(RecipeError, match="bits must lie between 2"):
-            Activations(["0"], **settings)
+        for kind in (Rounding, partial(Activations, ["0"])):
+            with pytest.raises(RecipeError, match=r"memory (and delay )?be"):
+                kind(**settings)  # type: ignore[operator]
+    with pytest.raises(RecipeError, match="leave out checkpointing"):
+        student_of(Network.from_module(nn.Sequential(nn.Linear(4, 3))), {}, Tuning(activations=Rounding()),
+                   Settings(checkpointing=True))
     with (pytest.raises(RecipeError, match="conw: no such layer; did you mean 'conv'"),
           Activations(["conw"]).on(nn.ModuleDict({"conv": nn.Identity()}))):
         pass

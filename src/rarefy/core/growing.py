@@ -24,13 +24,15 @@ from rarefy.numerics.patterns import NM
 class Growth:
     """A rule that is reached step by step.
 
-    begin, end: shares of the training between which masks grow. every: steps from one mask to the next.
+    begin, end: shares of the training between which masks grow. every: steps from one mask to the next. note:
+    what the rule had to be changed to.
     """
 
     rule: Rule
     begin: float
     end: float
     every: int
+    note: str = ""
 
     @classmethod
     def of(cls, pattern: object, sparsity: object, scope: Scope, begin: float, end: float,
@@ -45,9 +47,9 @@ class Growth:
 
     def fitted(self, leaf: Leaf) -> Growth:
         """As the leaf's shape allows it; EditError if it cannot be, or if nothing would be left."""
-        rule, _ = self.rule.fitted(leaf)
+        rule, note = self.rule.fitted(leaf)
         outcome(leaf, rule.keep(leaf.node.dense().square(), leaf.keep), rule)
-        return replace(self, rule=rule)
+        return replace(self, rule=rule, note=note)
 
     def due(self, step: int, total: int) -> bool:
         """Whether a mask is made after this step."""

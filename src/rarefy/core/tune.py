@@ -35,8 +35,11 @@ class Soft(nn.Module):
     """A weight in training: ``forward()`` gives its matrix [out, in] in float32. Abstract.
 
     What lasts from one step to the next is a parameter or a persistent buffer: these are what a checkpoint
-    holds. Noise comes from torch's default generator, which the loop seeds anew for every batch.
+    holds. Noise comes from torch's default generator, which the loop seeds anew for every batch. note: what
+    was done otherwise than asked; it goes to the receipt.
     """
+
+    note: str = ""
 
     def forward(self) -> Tensor:
         raise NotImplementedError

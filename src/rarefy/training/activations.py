@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,29 @@ from torch import Tensor, nn
 from rarefy.core.errors import DataError, RecipeError, did_you_mean
 from rarefy.core.latent import passed
 from rarefy.numerics.ranges import Range
-from rarefy.training.loop import Batch, Loss, Task
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Which inputs are rounded during training, and how.
+
+    bits: 2 to 8. memory: share of the old range that every batch leaves. delay: share of the training before
+    rounding begins. where: globs over the paths of sites, or ``role:NAME``; look-ups have no input to round.
+    """
+
+    bits: int = 8
+    memory: float = 0.99
+    delay: float = 0.0
+    where: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8 or not 0 <= self.memory < 1 or not 0 <= self.delay < 1:
+            raise RecipeError(f"activations: bits {self.bits}, memory {self.memory}, delay {self.delay}: "
+                              "bits must lie between 2 and 8, memory and delay be shares below 1")
+
+    def of(self, layers: Sequence[str], steps: int) -> Activations:
+        """For these layers, in a training of so many steps."""
+        return Activations(layers, self.bits, self.memory, round(self.delay * steps))
 
 
 class Activations(nn.Module):
@@ -67,6 +90,10 @@ class Activations(nn.Module):
             for hook in hooks:
                 hook.remove()
 
+    def settled(self) -> bool:
+        """Whether rounding has begun: what a gate likes before is another network."""
+        return int(self.steps) >= self.delay
+
     def ranges(self) -> dict[str, Range]:
         """What was found, by layer; DataError for a layer that never ran."""
         never = [name for name, seen in zip(self.layers, self.seen.tolist(), strict=True) if not seen]
@@ -102,27 +129,3 @@ class Activations(nn.Module):
             return (self.rounded(index, inputs[0]), *inputs[1:])
 
         return call
-
-
-class Rounded(Task):
-    """A task whose network sees rounded activations.
-
-    It cannot checkpoint blocks: they would run again, in the backward pass, unwatched.
-    """
-
-    def __init__(self, task: Task, network: nn.Module, activations: Activations) -> None:
-        super().__init__()
-        self.task, self.activations = task, activations
-        self._network = (network,)  # not a submodule: its parameters belong to the task
-
-    def forward(self, batch: Batch) -> Loss:
-        with self.activations.on(self._network[0]):
-            loss: Loss = self.task(batch)
-        return loss
-
-    def update(self, step: int, total: int) -> None:
-        self.activations.steps.fill_(step)
-        self.task.update(step, total)
-
-    def settled(self) -> bool:
-        return int(self.activations.steps) >= self.activations.delay and self.task.settled()

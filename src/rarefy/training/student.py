@@ -12,7 +12,7 @@ So a checkpointed block takes the tensors that it was called with along (``_Agai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from rarefy.core.nodes import Node
 from rarefy.core.tune import Soft
 from rarefy.models.map import Map, Site
 from rarefy.models.model import Model
+from rarefy.training.activations import Activations
 from rarefy.training.loop import Batch, Loss, Task
 
 POSITIONAL = "0"  # the name of an input that is passed by position
@@ -60,12 +61,18 @@ class Student(nn.Module):
 
     softs: by path of a site; fixed ones are computed once. params: paths of other tensors that move. dropout:
     whether the network's own is on during training. checkpointing: compute the members of lists of blocks
-    again in the backward pass.
+    again in the backward pass. activations: inputs of layers that the student, and not a teacher that is the
+    same module, sees rounded; not with checkpointing, whose second pass would go unwatched.
     """
 
     def __init__(self, network: nn.Module, softs: Mapping[str, tuple[Site, Soft]],
-                 params: tuple[str, ...] = (), *, dropout: bool = False, checkpointing: bool = False) -> None:
+                 params: tuple[str, ...] = (), *, dropout: bool = False, checkpointing: bool = False,
+                 activations: Activations | None = None) -> None:
         super().__init__()
+        if activations is not None and checkpointing:
+            raise RecipeError("rounded activations cannot be computed again in the backward pass; leave out "
+                              "checkpointing, or take smaller micro batches")
+        self.activations = activations
         self.network, self.dropout = network, dropout
         self.sites = {path: site for path, (site, _) in softs.items()}
         self.softs = nn.ModuleDict({_key(path): soft for path, (_, soft) in softs.items()})
@@ -83,7 +90,8 @@ class Student(nn.Module):
         named: dict[str, Any] = {name: value for name, value in inputs.items() if name != POSITIONAL}
         named.update(settings)
         if not (self._lists and self.training):
-            return functional_call(self.network, self.tensors(), args, named)
+            with nullcontext() if self.activations is None else self.activations.on(self.network):
+                return functional_call(self.network, self.tensors(), args, named)
         inside = {f"network.{path}": value for path, value in self.tensors().items()}
         return functional_call(_Repeating(self.network, self._lists), inside, args, named)
 
@@ -105,12 +113,15 @@ class Student(nn.Module):
 
     def update(self, step: int, total: int) -> None:
         """Tell every weight how far training is."""
+        if self.activations is not None:
+            self.activations.steps.fill_(step)
         for path in self.sites:
             self.soft(path).update(step, total)
 
     def settled(self) -> bool:
-        """Whether every weight is what its technique was asked for."""
-        return all(self.soft(path).settled() for path in self.sites)
+        """Whether every weight is what its technique was asked for, and inputs are rounded as asked."""
+        rounded = self.activations is None or self.activations.settled()
+        return rounded and all(self.soft(path).settled() for path in self.sites)
 
     def train(self, mode: bool = True) -> Student:
         """The network's own dropout only if it was asked for; batch statistics always."""
@@ -138,6 +149,13 @@ class Student(nn.Module):
     def trees(self) -> dict[str, Node]:
         """What every site has become."""
         return {path: self.soft(path).harden() for path in self.sites}
+
+    def notes(self) -> dict[str, str]:
+        """What techniques had to do otherwise than asked, by site."""
+        found = {path: "; ".join(dict.fromkeys(part.note for part in self.soft(path).modules()
+                                               if isinstance(part, Soft) and part.note))
+                 for path in self.sites}
+        return {path: note for path, note in found.items() if note}
 
     @torch.no_grad()
     def changed(self) -> dict[str, Tensor]:

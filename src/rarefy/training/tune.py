@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.core.edit import Leaf
 from rarefy.core.errors import RecipeError, did_you_mean
@@ -26,6 +26,8 @@ from rarefy.core.nodes import Dense, Node
 from rarefy.core.nouns import Evidence
 from rarefy.core.tune import MOVERS, Following, Soft, Trainer, soften
 from rarefy.models.map import Site
+from rarefy.numerics.ranges import Range
+from rarefy.training.activations import Rounding
 from rarefy.training.loop import Advance, Curve, Examples, Gate, Settings, fit, held_out
 from rarefy.training.student import Learning, Objective, Student, Trainable, module_of
 
@@ -36,11 +38,14 @@ MOVES = (*MOVERS, *BESIDE, "everything")
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """What training made: the tree of every site that it was given or that moved, other tensors that are no
-    longer the original's, how it went, and what the techniques report of it."""
+    longer the original's, how it went; what techniques did otherwise than asked, by site; the ranges of the
+    inputs that were rounded, by layer."""
 
     trees: dict[str, Node]
     params: dict[str, Tensor]
     curve: Curve
+    notes: dict[str, str]
+    ranges: dict[str, Range]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +55,7 @@ class Tuning:
     moves: any of MOVES. technique: of scope "training", for the leaves that it edits. where: globs over the
     paths of sites that train; the others stand still. whole: globs over paths that train as they are,
     whatever else moves (a new head). evidence: by site, for techniques that ask for it. dropout: whether the
-    network's own is on.
+    network's own is on. activations: which inputs of layers are rounded meanwhile (None: none).
     """
 
     moves: frozenset[str] = frozenset({"everything"})
@@ -59,6 +64,7 @@ class Tuning:
     whole: tuple[str, ...] = ()
     evidence: Mapping[str, Evidence] | None = None
     dropout: bool = False
+    activations: Rounding | None = None
 
     def __post_init__(self) -> None:
         for word in sorted(self.moves):
@@ -93,18 +99,21 @@ def tune(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, objectiv
     objective: a loss per unit. held: examples of the gate, or ``gate`` itself; without either the last state
     remains. folder, identity, advance: as in ``fit``. RecipeError when nothing moves.
     """
-    student = student_of(network, trees, tuning, settings)
+    student = student_of(network, trees, tuning, settings, steps=settings.total(len(examples)))
     task = Learning(student, objective)
     if gate is None and held is not None:
         gate = held_out(task, held)
     names = {"network": network.name, "moves": ", ".join(sorted(tuning.moves)),
-             "technique": repr(tuning.technique), **(identity or {})}
+             "technique": repr(tuning.technique), "activations": repr(tuning.activations),
+             **(identity or {})}
     curve = fit(task, examples, settings, gate=gate, folder=folder, identity=names, advance=advance)
-    return Tuned(student.trees(), student.changed(), curve)
+    ranges = {} if student.activations is None else student.activations.ranges()
+    return Tuned(student.trees(), student.changed(), curve, student.notes(), ranges)
 
 
-def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, settings: Settings) -> Student:
-    """The student of ``network`` in which moves what ``tuning`` says."""
+def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, settings: Settings, *,
+               steps: int = 1) -> Student:
+    """The student of ``network`` in which moves what ``tuning`` says. steps: of the whole training."""
     module = module_of(network)
     chosen = _chosen(network.map.sites, tuning.where)
     wrong = [path for path in trees if path not in network.map.by_path]
@@ -126,7 +135,19 @@ def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, se
     if not params and not any(True for _, soft in softs.values() for _ in soft.parameters()):
         raise RecipeError(f"{network.name}: nothing moves under {', '.join(sorted(tuning.moves))}; choose of "
                           f"{', '.join(MOVES)}")
-    return Student(module, softs, params, dropout=tuning.dropout, checkpointing=settings.checkpointing)
+    activations = None
+    if tuning.activations is not None:
+        activations = tuning.activations.of(_layers(network, module, tuning.activations.where), steps)
+    return Student(module, softs, params, dropout=tuning.dropout, checkpointing=settings.checkpointing,
+                   activations=activations)
+
+
+def _layers(network: Trainable, module: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The layers that multiply with a site that matches, in the network's order."""
+    parts, chosen = dict(module.named_modules()), _chosen(network.map.sites, patterns)
+    names = [site.path.removesuffix("weight").removesuffix(".") for site in network.map.sites
+             if site.path in chosen]
+    return tuple(name for name in names if not isinstance(parts[name], nn.Embedding))
 
 
 def _follow(part: Following, path: str, network: Trainable, softs: Mapping[str, tuple[Site, Soft]]) -> None:

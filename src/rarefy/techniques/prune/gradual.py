@@ -66,7 +66,7 @@ class _Growing(Soft):
 
     def __init__(self, leaf: Leaf, node: Dense, growth: Growth) -> None:
         super().__init__()
-        self.site, self.dtype, self.growth = leaf.site, node.values.dtype, growth
+        self.site, self.dtype, self.growth, self.note = leaf.site, node.values.dtype, growth, growth.note
         self.done = False
         self.latent = nn.Parameter(node.dense().detach().clone())
         allowed = torch.ones(node.shape, dtype=torch.bool) if leaf.keep is None else leaf.keep

@@ -92,7 +92,7 @@ class _Moved(Soft):
             pattern = growth.rule.pattern
             self.tile = (pattern.rows or node.shape[0], pattern.columns or node.shape[1])
             growth = replace(growth, rule=replace(growth.rule, pattern=Unstructured("layer")))
-        self.growth = growth
+        self.growth, self.note = growth, growth.note
         self.done = False
         self.latent = nn.Parameter(node.dense().detach().clone())
         self.scores = nn.Parameter(torch.zeros(node.shape[0] // self.tile[0], node.shape[1] // self.tile[1]))
