@@ -85,12 +85,14 @@ def folder_sha256(folder: Path, pattern: str = "*") -> str:
     return digest.hexdigest()
 
 
-def source_sha256(*floors: str) -> str:
-    """Hash of the package's own source, or of some floors: a result of another source is not this one's."""
+def source_sha256(*parts: str) -> str:
+    """Hash of the package's own source, or of some floors and files of it: a result of another source is not
+    this one's."""
     source = Path(__file__).parent.parent / "src" / "rarefy"
-    if not floors:
+    if not parts:
         return folder_sha256(source, "*.py")
-    return fingerprint(*(folder_sha256(source / floor, "*.py") for floor in floors))
+    return fingerprint(*(sha256(source / part) if part.endswith(".py")
+                         else folder_sha256(source / part, "*.py") for part in parts))
 
 
 class Ledger:

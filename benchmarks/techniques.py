@@ -1,25 +1,31 @@
 """What every technique for weights makes of real models: bytes, answers and speed, one row each.
 
-    python benchmarks/techniques.py --data DATA --work WORK [--models minilm,cnn,gemma] [--only gptq,svd]
-        [--gemma HF_FOLDER]
+    python benchmarks/techniques.py --data DATA --work WORK --gemma HF_FOLDER [--models minilm,gemma,cnn]
+        [--only gptq,svd]
 
 minilm: the encoder MiniLM-L6 (``all-minilm-l6-v2``) on ``DATA/sst2`` (``train.tsv`` and ``test.tsv``, columns
-sentence, label), every matrix of its blocks edited, embeddings left alone. cnn: four convolutions and a head,
-trained here on scikit-learn's digits, everything edited. gemma: a language model in a folder, judged on
-``DATA/wikitext2`` (``valid.txt``, ``test.raw.txt``).
+sentence, label), every matrix of its blocks edited, embeddings left alone. gemma: a language model in a
+folder (``permuted_gemma.py`` writes one), six blocks evenly spaced, judged on ``DATA/wikitext2``
+(``valid.txt``, ``test.raw.txt``). cnn: four convolutions and a head, trained here on scikit-learn's digits,
+everything edited.
 
-The evidence is gathered once for a model, in its original state; then each technique edits all sites, the
-result is written as a native folder, attached to a copy of the network and judged and timed with the kernels
-that it got. Sites that a technique refuses stay as they are, and the table counts them. Results are kept in
-WORK/techniques.json under a hash of the package's source; what is there is not run again.
+The evidence is gathered once for a model, in its original state (once more where a technique changes the
+channels first); then each technique edits all sites, the result is written in the native format, attached to
+a copy of the network and judged and timed with the kernels that it got. Sites that a technique refuses stay
+as they are, and the table counts them. Results are kept in WORK/techniques.json under a hash of the source
+that a row depends on; what is there is not run again. One thread: speed is told in the processor's time,
+which other processes disturb least.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import re
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,32 +36,37 @@ import torch
 from torch import Tensor, nn
 
 from harness import MEGABYTE, Ledger, fingerprint, source_sha256, table, write_page
-from rarefy.core.edit import Edited, Leaf
-from rarefy.core.errors import EditError
+from rarefy.core.edit import Edited, Leaf, edit, leaves
+from rarefy.core.errors import EditError, RarefyError
 from rarefy.core.nodes import Dense, Node
-from rarefy.core.nouns import Evidence, Step
-from rarefy.export.native import export_native
-from rarefy.export.networks import export_network
-from rarefy.formats.native import WEIGHTS
+from rarefy.core.nouns import Evidence, Recipe, Step
+from rarefy.formats.native import WEIGHTS, save_native
+from rarefy.measure.divergence import compare_tables, log_probs
 from rarefy.measure.latency import compare
 from rarefy.measure.task import Judge
 from rarefy.models.map import Site
+from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
+from rarefy.models.runner import Runner
 from rarefy.run.effort import effort_named
 from rarefy.run.language import Language
-from rarefy.run.planning import build, techniques
+from rarefy.run.planning import build, techniques, transforms
 from rarefy.run.progress import Silent
+from rarefy.run.recipe import split
 from rarefy.run.samples import Samples
-from rarefy.run.subject import Subject
+from rarefy.run.subject import Pace, Subject
 from rarefy.run.sweep import Work, rewrite
 from rarefy.runtimes.torch import attach
 
 PAGE = Path(__file__).parent.parent / "docs" / "techniques.md"
-COMMAND = "python benchmarks/techniques.py --data DATA --work WORK"
-STEADY = 0.25  # how far apart the turns of one work may lie for a ratio to be shown
-# samples: surveyed, calibrated on (the probe learns from them, too), judged on
-EFFORT = replace(effort_named("quick"), samples=(64, 512, 400), repeats=3)
+COMMAND = "python benchmarks/techniques.py --data DATA --work WORK --gemma HF_FOLDER"
+STEADY = 0.2  # how far apart the middle half of the ratios may lie for their median to be shown
+# samples: surveyed, calibrated on (the probe learns from them, too), judged on; positions: windows and
+# positions of each at which a language model's answers are compared
+EFFORT = replace(effort_named("quick"), survey=4, positions=(6, 48), samples=(64, 512, 400), repeats=9)
+BLOCKS = 6  # of a language model that are edited
+TOKENS = {"batch": 128, "single": 1}  # that the edited layers of a language model are timed with
 
 
 def step(technique: str, format_name: str = "", **settings: Any) -> Step:
@@ -76,6 +87,8 @@ ROWS: tuple[tuple[Step, ...], ...] = (
     (step("svd_llm", ratio=0.25),), (step("tensor_train", ratio=0.5),), (step("tucker", ratio=0.5),),
     (step("cp", ratio=0.5),), (step("rtn", "int3-g32"), step("repair", rank=8)),
     (step("kmeans", values=16),), (step("product"),), (step("hashed", ratio=0.5),), (step("loftq"),),
+    (step("awq"), step("rtn", "int4-g32")), (step("smoothquant"), step("rtn", "int8")),
+    (step("rotate", residual=False), step("rtn", "int4-g32")),
     (step("sparsegpt", **HALF), step("repair", rank=8), step("rtn", "int8")),
 )
 
@@ -98,16 +111,27 @@ def named(steps: tuple[Step, ...]) -> str:
 class Case:
     """A model, what was seen of it, and how its answers are judged.
 
-    fitted: evidence that techniques fit to. foreseen: evidence that damage is predicted from.
+    original: the network itself, never changed. fitted: evidence that techniques fit to. foreseen: evidence
+    that damage is predicted from (empty: it is not, because the channels are others).
     """
 
     name: str
     subject: Subject
+    original: nn.Module
     sites: tuple[Site, ...]
     fitted: dict[str, Evidence]
     foreseen: dict[str, Evidence]
     data: Any
     judge: Callable[[nn.Module], dict[str, Any]]
+
+    def paces(self) -> dict[str, Pace]:
+        """What is timed: all of a network, or the layers of a language model that are edited.
+
+        A language model spends most of its time in blocks and a head that nobody edited here.
+        """
+        if isinstance(self.subject, Samples):
+            return self.subject.paces(self.data)
+        return {key: layers(self.sites, tokens) for key, tokens in TOKENS.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +162,7 @@ def cnn(options: argparse.Namespace) -> Case:
 
 def gemma(options: argparse.Namespace) -> Case:
     if options.gemma is None:
-        sys.exit("gemma: pass --gemma HF_FOLDER (benchmarks/permuted_gemma.py writes one)")
+        sys.exit("gemma: pass --gemma HF_FOLDER (permuted_gemma.py writes one), or --models minilm,cnn")
     text = options.data / "wikitext2"
     return looked_at("gemma", Language(open_any(options.gemma)), (str(text / "valid.txt"),),
                      (str(text / "test.raw.txt"),))
@@ -147,26 +171,67 @@ def gemma(options: argparse.Namespace) -> Case:
 def looked_at(name: str, subject: Subject, data: tuple[Any, ...], judged: tuple[Any, ...]) -> Case:
     """The survey, and the evidence of a sweep that changes nothing."""
     shown = subject.gather(data, judged, EFFORT, 0, Silent())
-    network = subject.opened
-    blocks = isinstance(network, Network) and network.map.blocks == 0  # a plain network: everything counts
-    wanted = [site for site in network.map.sites if blocks or site.block is not None]
     foreseen = {seen.site.path: seen.evidence for seen in subject.survey(
         shown, EFFORT, torch.Generator().manual_seed(0), lambda done, total: None)}
-    sites = tuple(site for site in wanted if site.path in foreseen)
-    fishers: dict[str, Tensor] = {path: evidence.fisher for path, evidence in foreseen.items()
-                                  if evidence.fisher is not None}
+    sites = tuple(site for site in chosen(subject) if site.path in foreseen)
+    foreseen = {site.path: foreseen[site.path] for site in sites}
+    fitted = recorded(subject, sites, shown, foreseen)
+    return Case(name, subject, subject.live(), sites, fitted, foreseen, shown, judge_of(subject, shown))
+
+
+def chosen(subject: Subject) -> list[Site]:
+    """All weights of a plain network, those of an encoder's blocks, those of some blocks of a large model."""
+    found = subject.opened.map
+    if isinstance(subject.opened, Model):
+        blocks = set(torch.linspace(0, found.blocks - 1, min(BLOCKS, found.blocks)).round().int().tolist())
+        return [site for site in found.sites if site.block in blocks]
+    return [site for site in found.sites if found.blocks == 0 or site.block is not None]
+
+
+def recorded(subject: Subject, sites: tuple[Site, ...], shown: Any,
+             foreseen: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """What arrives at the sites, with the survey's Fisher, which a change of channels leaves as it is."""
     recorder = Recorder()
+    fishers = {path: each.fisher for path, each in foreseen.items() if each.fisher is not None}
     subject.sweep({site.path: Work((("record", recorder),), "") for site in sites}, shown, {}, fishers, {}, 0,
                   EFFORT, lambda done, total: None)
-    fitted = {path: replace(evidence, fisher=fishers[path]) for path, evidence in recorder.found.items()}
-    return Case(name, subject, sites, fitted, foreseen, shown, judge_of(subject, shown))
+    return {path: replace(each, fisher=fishers[path]) for path, each in recorder.found.items()}
 
 
 def judge_of(subject: Subject, shown: Any) -> Callable[[nn.Module], dict[str, Any]]:
-    if not isinstance(subject, Samples):
-        return lambda module: subject.measure_live(module, shown, EFFORT)
-    network, judge = subject.opened, Judge(subject.opened, shown.evaluation, shown.calibration)
-    return lambda module: judge.compare(network.running(module)).as_dict()
+    """A comparison with the original, whose answers are computed once."""
+    if isinstance(subject, Samples):
+        network, judge = subject.opened, Judge(subject.opened, shown.evaluation, shown.calibration)
+        return lambda module: judge.compare(network.running(module)).as_dict()
+    windows, positions = EFFORT.positions
+    tokens = shown.evaluation[:windows]
+    places = torch.linspace(1, tokens.shape[1] - 1, positions).long()
+    answers = log_probs(Runner(subject.opened), tokens, places).flatten(0, 1)  # type: ignore[arg-type]
+    at = torch.arange(len(tokens)).repeat_interleave(len(places))
+
+    @torch.no_grad()
+    def judge_text(module: Any) -> dict[str, Any]:
+        found = torch.cat([module(input_ids=window, use_cache=False, logits_to_keep=places).logits[0]
+                           for window in tokens.split(1)]).float().log_softmax(-1)
+        summary = compare_tables(answers, found, window=at)
+        return {"kl_mean": summary.kl_mean, "kl_stderr": summary.kl_stderr, "top1": summary.top1}
+
+    return judge_text
+
+
+def layers(sites: tuple[Site, ...], tokens: int) -> Pace:
+    """All layers of the sites, one after the other, on inputs drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {site.path.removesuffix(".weight"): torch.randn(tokens, site.shape[1], generator=generator)
+              for site in sites}
+
+    @torch.no_grad()
+    def run(network: nn.Module) -> int:
+        for name, x in inputs.items():
+            network.get_submodule(name)(x)
+        return tokens
+
+    return run
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -197,11 +262,23 @@ def trained(x: Tensor, y: Tensor, steps: int = 200) -> nn.Module:
     return network.eval()
 
 
-MODELS_RUN = "minilm,cnn"
-MODELS = {"minilm": minilm, "cnn": cnn, "gemma": gemma}
+MODELS = {"minilm": minilm, "gemma": gemma, "cnn": cnn}
+MODELS_RUN = ",".join(MODELS)
 
 
 # ---- one row -------------------------------------------------------------------------------------------
+
+
+def viewed(case: Case, steps: tuple[Step, ...]) -> tuple[Case, tuple[Step, ...]]:
+    """The case after the steps that change its channels, with evidence of its own, and the other steps."""
+    where = tuple(site.path for site in case.sites)
+    whole, rest = split([replace(each, where=where) for each in steps])
+    if not whole:
+        return case, steps
+    subject, _ = case.subject.reshaped(Recipe(case.name, (*whole, *rest)), EFFORT, case.data,
+                                       lambda done, total: None)
+    fitted = recorded(subject, case.sites, case.data, case.foreseen)
+    return replace(case, subject=subject, fitted=fitted, foreseen={}), rest
 
 
 def edited(case: Case, steps: tuple[Step, ...]) -> tuple[dict[str, Node], dict[str, str]]:
@@ -210,21 +287,29 @@ def edited(case: Case, steps: tuple[Step, ...]) -> tuple[dict[str, Node], dict[s
     trees, refused = dict[str, Node](), dict[str, str]()
     for site in case.sites:
         try:
-            trees[site.path], _ = rewrite(case.subject.opened, site, Work(chain, ""),
-                                          case.fitted.get(site.path), 0)
+            tree, _ = rewrite(case.subject.opened, site, Work(chain, ""), case.fitted.get(site.path), 0)
+            trees[site.path] = as_short(case, site, tree)
         except EditError as error:
             refused[site.path] = str(error)
     return trees, refused
 
 
-def stored(case: Case, trees: Mapping[str, Node], folder: Path) -> int:
-    """Bytes of the weights in the native folder."""
+def as_short(case: Case, site: Site, tree: Node) -> Node:
+    """Floats of a tree in the type that the model has, where that is shorter: half a float32 is no gain."""
+    dtype = getattr(torch, case.subject.opened.source.dtype(site.path), torch.float32)
+    held = [leaf.values.dtype.itemsize for leaf in leaves(tree) if isinstance(leaf, Dense)]
+    if max(held, default=0) <= dtype.itemsize:
+        return tree
+    cast = build(step("cast", dtype=str(dtype).removeprefix("torch.")))
+    done, _ = edit(site.path, tree, case.subject.opened.weight(site.path), cast, "cast",
+                   case.fitted.get(site.path), torch.Generator(), site.kernel)
+    return done
+
+
+def stored(trees: Mapping[str, Node], folder: Path) -> int:
+    """Bytes of the file that holds these weights, its header included."""
     shutil.rmtree(folder, ignore_errors=True)
-    opened = case.subject.opened
-    if isinstance(opened, Network):
-        export_network(opened, trees, folder)
-    else:
-        export_native(opened, trees, folder)
+    save_native(folder, trees, {}, {})
     size = (folder / WEIGHTS).stat().st_size
     shutil.rmtree(folder)
     return size
@@ -232,45 +317,73 @@ def stored(case: Case, trees: Mapping[str, Node], folder: Path) -> int:
 
 def run(case: Case, steps: tuple[Step, ...], folder: Path) -> dict[str, Any]:
     """One technique on one model, as plain data."""
-    trees, refused = edited(case, steps)
-    found: dict[str, Any] = {"edited": len(trees), "sites": len(case.sites), "refused": refused}
+    found: dict[str, Any] = {"edited": 0, "sites": len(case.sites), "refused": {}}
+    try:
+        seen, rest = viewed(case, steps)
+        trees, found["refused"] = edited(seen, rest)
+    except RarefyError as error:
+        found["refused"] = {case.name: str(error)}
+        return found
     if not trees:
         return found
-    opened = case.subject.opened
-    found["bytes"] = stored(case, trees, folder)
-    weights = sum(opened.weight(path).numel() for path in trees)
+    opened = seen.subject.opened
+    found["edited"], found["bytes"] = len(trees), stored(trees, folder)
+    found["original"] = stored(as_they_are(case, set(trees)), folder)
+    weights = sum(math.prod(tree.shape) for tree in trees.values())
     found["bpw"] = sum(tree.bits() for tree in trees.values()) / weights
-    found["predicted"] = sum(case.foreseen[path].damage(tree.dense() - opened.weight(path))
-                             for path, tree in trees.items())
-    original, compressed = case.subject.live(), case.subject.live()
+    found["predicted"] = sum(seen.foreseen[path].damage(tree.dense() - opened.weight(path))
+                             for path, tree in trees.items()) if seen.foreseen else math.nan
+    compressed = shadow(case.original) if seen is case else seen.subject.live()
     found["ways"] = list(attach(compressed, trees).values())
     found["measured"] = case.judge(compressed)
-    for key, work in case.subject.paces(case.data).items():
-        timed = compare(lambda work=work: work(original), lambda work=work: work(compressed),  # type: ignore[misc]
-                        EFFORT.repeats)
-        found[key] = {"ratio": timed.ratio, "drift": timed.drift}
+    found["speed"] = timed(case, compressed)
+    return found
+
+
+def as_they_are(case: Case, paths: set[str]) -> dict[str, Node]:
+    """The original's weights, in the type that it holds them in."""
+    opened = case.subject.opened
+    return {site.path: as_short(case, site, Dense(opened.weight(site.path)))
+            for site in case.sites if site.path in paths}
+
+
+def shadow(network: nn.Module) -> nn.Module:
+    """A network of its own modules that shares all parameters."""
+    kept = {id(each): each for each in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, kept)
+
+
+def timed(case: Case, network: nn.Module) -> dict[str, dict[str, float]]:
+    """The original and the other in turns, in seconds of the processor."""
+    found = {}
+    for key, work in case.paces().items():
+        paces = compare(lambda work=work: work(case.original), lambda work=work: work(network),  # type: ignore[misc]
+                        EFFORT.repeats, clock=time.process_time)
+        found[key] = {"ratio": paces.ratio, "spread": paces.spread}
     return found
 
 
 # ---- the page ------------------------------------------------------------------------------------------
 
 
-def row(name: str, found: Mapping[str, Any], whole: int) -> list[str]:
+def row(name: str, found: Mapping[str, Any]) -> list[str]:
     if not found["edited"]:
-        return [name, *["refused"] * 8, next(iter(found["refused"].values()), "")]
+        return [name, *["refused"] + [""] * 8, next(iter(found["refused"].values()), "")]
     measured = found["measured"]
     moved = next(value for key, value in measured.items() if key in ("kl_mean", "distance_mean"))
-    kept = measured["task"]["accuracy"] if "task" in measured else measured.get("top1", float("nan"))
+    kept = measured["task"]["accuracy"] if "task" in measured else measured.get("top1", math.nan)
     ways = Counter(smaller(how) for how in found["ways"]).most_common()
     said = "; ".join(f"{how} ({count})" if len(ways) > 1 else how for how, count in ways)
-    return [name, f"{found['bytes'] / MEGABYTE:.2f}", f"{whole / found['bytes']:.1f}x", f"{found['bpw']:.2f}",
-            f"{found['edited']} of {found['sites']}", f"{found['predicted']:.3g}", f"{moved:.3g}",
-            f"{kept:.1%}", f"{pace(found['batch'])}, {pace(found['single'])}", said]
+    predicted = "" if math.isnan(found["predicted"]) else f"{found['predicted']:.3g}"
+    speed = ", ".join(pace(each) for each in found["speed"].values())
+    return [name, f"{found['original'] / MEGABYTE:.2f}", f"{found['bytes'] / MEGABYTE:.2f}",
+            f"{found['original'] / found['bytes']:.1f}x", f"{found['bpw']:.2f}",
+            f"{found['edited']} of {found['sites']}", predicted, f"{moved:.3g}", f"{kept:.1%}", speed, said]
 
 
 def pace(timed: Mapping[str, float]) -> str:
-    """A ratio, or nothing where the original's own turns lay too far apart for one."""
-    return f"{timed['ratio']:.2f}x" if timed["drift"] <= STEADY else "unsteady"
+    """A ratio, or nothing where those of single turns lay too far apart for one."""
+    return f"{timed['ratio']:.2f}x" if timed["spread"] <= STEADY else "unsteady"
 
 
 def smaller(how: str) -> str:
@@ -285,65 +398,71 @@ def section(name: str, results: Mapping[str, Any], base: Mapping[str, Any]) -> l
     what, unit = (("distance", "1 - cosine") if "distance_mean" in base["measured"] else ("KL", "nats"))
     task = base["measured"].get("task")
     kept = f"accuracy ({task['by']})" if task else "same token"
-    head = ["technique", "MB", "smaller", "bits per weight", "weights edited", f"predicted {what}",
-            f"measured {what}", kept, "speed: batch, single", "how it runs"]
+    head = ["technique", "MB before", "MB after", "smaller", "bits per weight", "weights edited",
+            f"predicted {what}", f"measured {what}", kept, base["timed"], "how it runs"]
     original = f", {kept} {task['accuracy_original']:.1%}" if task else ""
-    about = (f"The original: {base['bytes'] / MEGABYTE:.2f} MB of weights{original}; {base['about']}. The "
-             f"{what} to the original is in {unit}. Speed is the original's time over the edited one's, both "
-             f"in turns in one process (threads: {base['threads']}), or `unsteady` where the original's own "
-             f"turns lay more than {STEADY:.0%} apart; a copy of the original, timed so: "
-             f"{pace(base['batch'])}, {pace(base['single'])}.")
+    copied = ", ".join(map(pace, base["speed"].values()))
+    about = (f"{base['about']}{original}. Bytes are those of the edited weights. The {what} to the original "
+             f"is in {unit}. Speed is the original's time over the edited one's, in turns in one process on "
+             f"one thread, or `unsteady` where the middle half of the ratios of single turns spans more than "
+             f"{STEADY:.0%}; a copy of the original, timed so: {copied}.")
     refused = [f"- {title}: {reason}" for title, found in results.items() if found["edited"]
                for reason in list(dict.fromkeys(found["refused"].values()))]
-    parts = [f"## {name}", about, table(head, [row(title, found, base["bytes"])
-                                               for title, found in results.items()])]
+    parts = [f"## {name}", about, table(head, [row(title, found) for title, found in results.items()])]
     return parts + (["Left as they were, because the technique refuses them:", "\n".join(refused)]
                     if refused else [])
 
 
-def baseline(case: Case, folder: Path) -> dict[str, Any]:
-    """The original against itself: its bytes, its answers, and how steady the clock is."""
-    opened, original, same = case.subject.opened, case.subject.live(), case.subject.live()
-    trees: dict[str, Node] = {site.path: Dense(opened.weight(site.path)) for site in case.sites}
-    found: dict[str, Any] = {"bytes": stored(case, trees, folder), "measured": case.judge(same)}
-    count = sum(tree.shape[0] * tree.shape[1] for tree in trees.values())
-    found["threads"] = torch.get_num_threads()
-    found["about"] = (f"{len(trees)} matrices of {count / 1e6:.2f} million weights are edited, "
-                      f"{opened.map.parameters / 1e6:.2f} million numbers in all")
-    for key, work in case.subject.paces(case.data).items():
-        timed = compare(lambda work=work: work(original), lambda work=work: work(same),  # type: ignore[misc]
-                        EFFORT.repeats)
-        found[key] = {"ratio": timed.ratio, "drift": timed.drift}
-    return found
+def baseline(case: Case) -> dict[str, Any]:
+    """The original against itself: its answers, how steady the clock is, and what was looked at."""
+    opened, same = case.subject.opened, shadow(case.original)
+    count = sum(math.prod(site.shape) for site in case.sites)
+    about = (f"{len(case.sites)} matrices of {count / 1e6:.2f} million weights are edited, of "
+             f"{opened.map.parameters / 1e6:.2f} million numbers in all; ")
+    if isinstance(case.subject, Language):
+        windows, positions = EFFORT.positions
+        about += (f"calibrated on {EFFORT.calibration} windows of {EFFORT.length} tokens, judged at "
+                  f"{positions} positions of each of {windows} others")
+        timed_as = "speed of these layers: " + ", ".join(f"{count} token{'s' * (count > 1)}"
+                                                         for count in TOKENS.values())
+    else:
+        about += f"calibrated on {len(case.data.calibration)} samples, judged on {len(case.data.evaluation)}"
+        timed_as = "speed of the network: batch of 32, single"
+    return {"measured": case.judge(same), "about": about, "timed": timed_as, "speed": timed(case, same)}
 
 
 ABOUT = (
-    "Each row edits every weight of a model with one technique (or a chain of them) and no training, at "
+    "Each row edits weights of a model with one technique (or a chain of them) and no training, at "
     "settings that are usual for it: the rows say what a technique costs and gives, not which is best at "
     "one size. Smaller on disk is not faster by itself: the last column says which kernel the weights got "
     "(how many, where they differ), and those `expanded once` run as the original does. Predicted is the "
-    "second-order estimate that the planner works with; it holds for small changes.")
+    "second-order estimate that the planner works with; it holds for small changes. Samples are few, so that "
+    "the page can be made again: differences of accuracy below two points are noise.")
 
 
 def main() -> None:
     """Run what is asked for and is not in the ledger; write the page when everything was asked for."""
+    torch.set_num_threads(1)
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--models", default=MODELS_RUN, help="of minilm, cnn, gemma")
+    parser.add_argument("--models", default=MODELS_RUN, help="of minilm, gemma, cnn")
     parser.add_argument("--only", default="", help="names of techniques; the page is then not written")
     parser.add_argument("--gemma", type=Path, help="folder of a language model")
     options = parser.parse_args()
     only, names = set(filter(None, options.only.split(","))), options.models.split(",")
-    for word, known in (*((word, techniques()) for word in only), *((word, MODELS) for word in names)):
+    all_of_them = {**techniques(), **transforms()}
+    for word, known in (*((word, all_of_them) for word in only), *((word, MODELS) for word in names)):
         if word not in known:
             sys.exit(f"{word!r}: choose among {', '.join(known)}")
+    missing = set(all_of_them) - {each.technique for steps in ROWS for each in steps}
+    if missing:
+        sys.exit(f"no row shows {', '.join(sorted(missing))}: add one to ROWS")
     rows = {named(steps): steps for steps in ROWS if not only or only & {each.technique for each in steps}}
     ledger, parts = Ledger(options.work / "techniques.json"), [ABOUT]
-    source = source_sha256("techniques", "core", "numerics", "runtimes", "calibration")
     for name in names:
-        parts += judged(name, rows, options, ledger, source)
+        parts += judged(name, rows, options, ledger)
     if only:
         print("\n\n".join(parts[1:]))
     else:
@@ -351,20 +470,29 @@ def main() -> None:
         write_page(PAGE, "Techniques, measured", COMMAND + more, parts)
 
 
-def judged(name: str, rows: Mapping[str, tuple[Step, ...]], options: argparse.Namespace, ledger: Ledger,
-           source: str) -> list[str]:
+def judged(name: str, rows: Mapping[str, tuple[Step, ...]], options: argparse.Namespace,
+           ledger: Ledger) -> list[str]:
     """One model's section; the model is only looked at when something of it is missing."""
-    keys = {title: fingerprint(name, title, source, EFFORT) for title in rows}
-    start, folder = fingerprint(name, source, EFFORT), options.work / f"native-{name}"
+    protocol = (name, EFFORT, BLOCKS, TOKENS)
+    keys = {title: fingerprint(*protocol, title, source_of(steps)) for title, steps in rows.items()}
+    start, folder = fingerprint(*protocol, source_of(())), options.work / f"native-{name}"
     if ledger.get(start) is None or any(ledger.get(key) is None for key in keys.values()):
         case = MODELS[name](options)
         if ledger.get(start) is None:
-            ledger.put(start, baseline(case, folder))
+            ledger.put(start, baseline(case))
         for title, key in keys.items():
             if ledger.get(key) is None:
                 ledger.put(key, run(case, rows[title], folder))
-                print(row(title, ledger.get(key), ledger.get(start)["bytes"]), flush=True)
+                print(name, row(title, ledger.get(key)), flush=True)
     return section(name, {title: ledger.get(key) for title, key in keys.items()}, ledger.get(start))
+
+
+def source_of(steps: tuple[Step, ...]) -> str:
+    """The hash of what a row depends on: its techniques' files, and what all of them stand on."""
+    kinds = {**techniques(), **transforms()}
+    modules = {kinds[each.technique].__module__.removeprefix("rarefy.") for each in steps}
+    return source_sha256("core", "numerics", "formats/native.py", "runtimes/torch.py", "runtimes/modules.py",
+                         *sorted(name.replace(".", "/") + ".py" for name in modules))
 
 
 if __name__ == "__main__":
