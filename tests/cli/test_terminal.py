@@ -154,7 +154,8 @@ def test_bars_leave_one_line_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_command(number: int, code: int) -> None:
     """Ctrl-C is 130 with one line; SIGTERM unwinds the program, so that what was staged is removed."""
-    program = ("import time, rarefy.report.catalogue as c\n"
+    program = ("import signal, time, rarefy.report.catalogue as c\n"
+               "signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run with it ignored\n"
                "def wait():\n"
                "    try: print('ready', flush=True); time.sleep(60)\n"
                "    finally: print('cleaned', flush=True)\n"

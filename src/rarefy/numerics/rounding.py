@@ -25,6 +25,7 @@ from rarefy.numerics.grids import Grid, Stored
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64, 0.55)
 COARSE_ROUNDS = 2
+SLAB = 1 << 18  # weights searched at once: rows are independent, and the search goes over a slab many times
 TINY = 1e-30
 
 
@@ -76,6 +77,8 @@ def join(fits: list[Fit], axis: int = 1) -> Fit:
         dtype = numbers[0].plain.dtype
         return Number(plain.view(dtype).squeeze(-1), torch.cat(codes, axis) if codes else None)
 
+    if len(fits) == 1:
+        return fits[0]
     zeros = [fit.zero for fit in fits if fit.zero is not None]
     return Fit(cat([fit.scale for fit in fits]), cat(zeros) if zeros else None, fits[0].grid)
 
@@ -141,10 +144,16 @@ def inverse(scale: Tensor) -> Tensor:
 
 def fit(weights: Float[Tensor, "rows width"], importance: Tensor, grid: Grid) -> Fit:
     """Scales and zeros of least weighted loss. ``importance``: [width] or [rows, width], >= 0."""
+    importance, step = importance.expand(weights.shape), max(1, SLAB // weights.shape[1])
+    slabs = zip(weights.split(step), importance.split(step), strict=True)
+    return join([_fit(w, h, grid) for w, h in slabs], axis=0)
+
+
+def _fit(weights: Tensor, importance: Tensor, grid: Grid) -> Fit:
     rows, width = weights.shape
     group = grid.group or width
     w = weights.reshape(rows, width // group, group)
-    h = importance.expand(rows, width).reshape(w.shape)
+    h = importance.reshape(w.shape)
     # a group that nothing weighs still gets a finite scale
     h = torch.where(h.sum(-1, keepdim=True) > 0, h, 1.0)
     if grid.zero is None:
