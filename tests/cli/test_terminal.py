@@ -155,7 +155,7 @@ def test_bars_leave_one_line_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_signals_end_a_command(number: int, code: int) -> None:
     """Ctrl-C is 130 with one line; SIGTERM unwinds the program, so that what was staged is removed."""
     program = ("import signal, time, rarefy.report.catalogue as c\n"
-               "signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run with it ignored\n"
+               "signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored\n"
                "def wait():\n"
                "    try: print('ready', flush=True); time.sleep(60)\n"
                "    finally: print('cleaned', flush=True)\n"
