@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from rarefy.calibration.evidence import SLAB
 from rarefy.core.errors import EditError, ModelError, RecipeError
 from rarefy.core.nouns import Evidence, Recipe, Step
 from rarefy.core.structure import Passage, UnitGroup
@@ -16,7 +18,7 @@ from rarefy.models.model import Model, open_model
 from rarefy.models.runner import Runner
 from rarefy.models.shrunk import GROUPS, without_blocks, without_units
 from rarefy.run.recipe import split
-from rarefy.run.reshape import reshaped, thinned
+from rarefy.run.reshape import _groups, reshaped, thinned
 from rarefy.techniques.depth.drop import Drop
 from rarefy.techniques.prune.units import Units
 
@@ -45,7 +47,7 @@ def everything(model: Model, role: str) -> dict[int, torch.Tensor]:
     return {block: torch.arange(GROUPS[role](model, block).count) for block in range(model.map.blocks)}
 
 
-@pytest.mark.parametrize("role", ["neurons", "heads"])
+@pytest.mark.parametrize("role", ["neurons", "heads", "queries"])
 def test_keeping_everything_changes_nothing(model: Model, tokens: torch.Tensor, role: str) -> None:
     view = without_units(model, everything(model, role), role, {})
     torch.testing.assert_close(logits(view, tokens[:2]), logits(model, tokens[:2]))
@@ -74,16 +76,72 @@ def test_units_that_write_zeros_are_taken_out_without_a_trace(
         assert view.parameters < alive.parameters or kept[0].numel() == GROUPS[role](alive, 0).count
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
+def test_dead_queries_leave_their_keys_and_values(family: str, tiny_random: object) -> None:
+    """The last query of each group reads nothing: without it the network answers as before."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(tiny_random(family))  # type: ignore[operator]
+    alive = Model.from_module(network, None)
+    heads, groups = alive.config.num_attention_heads, alive.config.num_key_value_heads
+    kept = (torch.arange(heads) % (heads // groups) < heads // groups - 1).nonzero()[:, 0]
+    for block in range(alive.map.blocks):
+        reader = GROUPS["queries"](alive, block).reader
+        network.get_parameter(reader.path).data[:, ~torch.isin(reader.unit, kept)] = 0
+    view = without_units(alive, dict.fromkeys(range(alive.map.blocks), kept), "queries", {})
+    assert (view.config.num_attention_heads, view.config.num_key_value_heads) == (len(kept), groups)
+    tokens = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(logits(view, tokens), logits(alive, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_queries_stay_for_all_keys(tiny_llama: Path, tokens: torch.Tensor) -> None:
+    model = open_model(tiny_llama)  # 4 queries, 2 groups
+    done = thinned(model, Units("queries", 0.4, "taylor", multiple=1), tokens)
+    assert (done.model.config.num_attention_heads, done.model.config.num_key_value_heads) == (2, 2)
+    assert all(receipt.note == "2 of 4 queries left out" for receipt in done.receipts)
+    done.model.config.num_attention_heads = 3
+    with pytest.raises(ModelError, match="3 heads of queries cannot share 2"):
+        GROUPS["heads"](done.model, 0)
+
+
+def test_taylor_is_the_square_of_gradient_times_activation(model: Model, tokens: torch.Tensor) -> None:
+    """Literally, with autograd through the whole network and the same draws of tokens."""
+    seen = {group.block: group for group in _groups(model, Units(criterion="taylor", compensate=False),
+                                                    tokens[:2], 0, lambda done, total: None)}
+    caught: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    runner, total = Runner(model), torch.zeros(())
+    generator = torch.Generator().manual_seed(0 ^ zlib.crc32(b"structure"))
+    hidden, context = runner.stem(tokens[:2])
+    hidden.requires_grad_()
+    for block in range(runner.blocks):
+        hidden = runner.block(block, hidden, context, lambda path, x, y: caught.update({path: (x, y)}))
+    rows = runner.norm(hidden).flatten(0, 1)
+    for part in rows.split(SLAB):
+        p = runner.logits(part).softmax(-1)
+        draw = torch.rand(len(p), 1, generator=generator) * p.detach().cumsum(-1)[:, -1:]
+        sample = torch.searchsorted(p.detach().cumsum(-1), draw).clamp_max(p.shape[1] - 1)
+        total = total - p.gather(1, sample).log().sum()
+    for block, group in seen.items():
+        x, y = caught[group.site]
+        pull = torch.autograd.grad(total, y, retain_graph=True)[0]
+        for unit in (0, 7):
+            change = ((pull @ group.reader[:, unit]) * x[..., unit]).detach()
+            assert group.removal is not None
+            assert float(group.removal[unit]) == pytest.approx(
+                float(change.square().sum()) / (2 * tokens[:2].numel()), rel=1e-3), block
+
+
 def kl(model: Model, tokens: torch.Tensor, **settings: object) -> float:
     view = thinned(model, Units(multiple=8, **settings), tokens).model  # type: ignore[arg-type]
     return Reference(model, tokens).compare(Runner(view)).kl_mean
 
 
 def test_refitted_criteria_beat_magnitude(model: Model, tokens: torch.Tensor) -> None:
-    plain = {c: kl(model, tokens, criterion=c, compensate=False) for c in ("magnitude", "wanda", "obs")}
+    plain = {c: kl(model, tokens, criterion=c, compensate=False)
+             for c in ("magnitude", "wanda", "taylor", "obs")}
     refitted = {c: kl(model, tokens, criterion=c, compensate=True) for c in ("magnitude", "wanda", "obs")}
-    assert plain["wanda"] < plain["magnitude"]
-    assert all(refitted[c] < plain[c] for c in plain)
+    assert max(plain["wanda"], plain["taylor"]) < plain["magnitude"]
+    assert all(refitted[c] < plain[c] for c in refitted)
     assert refitted["obs"] < plain["magnitude"] / 2
 
 
@@ -137,7 +195,8 @@ def test_what_is_left_is_exported(model: Model, tokens: torch.Tensor, tmp_path: 
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"units": "layers"}, "choose neurons or heads"), ({"criterion": "wnda"}, "did you mean 'wanda'"),
+    ({"units": "layers"}, "choose neurons, heads or queries"),
+    ({"criterion": "wnda"}, "did you mean 'wanda'"),
     ({"ratio": 1.0}, "below 1"), ({"ratio": 0.0}, "above 0"), ({"multiple": 0}, "1 or more")])
 def test_settings_that_mean_nothing(settings: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):

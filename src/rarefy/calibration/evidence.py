@@ -37,6 +37,7 @@ from rarefy.models.runner import Context, Runner
 BATCH = 4  # windows that pass through a block at once
 SLAB = 256  # positions whose logits exist at once: the head is decoded anew for each slab
 Advance = Callable[[int, int], None]
+Visit = Callable[[Site, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +104,12 @@ def _accumulate(grams: dict[str, Tensor], path: str, x: Tensor, weight: Tensor |
 
 
 def survey(runner: Runner, tokens: Int64[Tensor, "windows length"], generator: torch.Generator,
-           advance: Advance = lambda done, total: None) -> Iterator[Seen]:
-    """Evidence with Fisher and saliency for every site, from the head back to the embedding."""
+           advance: Advance = lambda done, total: None, visit: Visit = lambda site, x, pull: None
+           ) -> Iterator[Seen]:
+    """Evidence with Fisher and saliency for every site, from the head back to the embedding.
+
+    visit: told of every site of a block, batch by batch, what arrived at it and the gradient at its output.
+    """
     stream, total = Stream(runner, tokens), 2 * runner.blocks + 2
     inputs = [stream.hidden]
     for index in range(runner.blocks):
@@ -117,7 +122,7 @@ def survey(runner: Runner, tokens: Int64[Tensor, "windows length"], generator: t
     if not shared:
         yield head
     for index in reversed(range(runner.blocks)):
-        seen, gradients = _backward(runner, index, inputs.pop(), stream.contexts, gradients)
+        seen, gradients = _backward(runner, index, inputs.pop(), stream.contexts, gradients, visit)
         yield from seen
         advance(2 * runner.blocks + 1 - index, total)
     lookup = _lookup(runner, tokens, gradients)
@@ -159,7 +164,7 @@ def _sampled_gradient(runner: Runner, normed: Tensor, generator: torch.Generator
 
 
 def _backward(runner: Runner, index: int, hidden: list[Tensor], contexts: list[Context],
-              gradients: list[Tensor]) -> tuple[list[Seen], list[Tensor]]:
+              gradients: list[Tensor], visit: Visit) -> tuple[list[Seen], list[Tensor]]:
     """One block backwards: the evidence at its sites, and the gradients at its input."""
     tensors = runner.load(index)
     sites = {site.path: site for site in runner.model.map.in_block(index)}
@@ -179,6 +184,7 @@ def _backward(runner: Runner, index: int, hidden: list[Tensor], contexts: list[C
             fishers[path] += square.sum(0)
             weights[path] += float(square.mean(1).sum())
             _accumulate(grams, path, x.detach(), square.mean(1))
+            visit(sites[path], x.detach(), pull)
     count = sum(batch.shape[0] * batch.shape[1] for batch in hidden)
     return [Seen(sites[path], _normalised(grams[path], fishers[path], weights[path], count))
             for path in seen.pairs], below

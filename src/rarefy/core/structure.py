@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int64
+import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rarefy.core.nouns import Evidence
@@ -26,9 +27,11 @@ from rarefy.core.nouns import Evidence
 class UnitGroup:
     """The units of one kind in one block.
 
-    role: neurons or heads. unit: [in] which unit each column of ``reader`` belongs to. reader: the matrix
-    [out, in] that reads them. written: root of the summed squares of all rows that write each unit, [units].
-    evidence: of the reader (None: the technique asked for none).
+    role: neurons, heads or queries. unit: [in] which unit each column of ``reader`` belongs to. reader: the
+    matrix [out, in] that reads them. written: root of the summed squares of all rows that write each unit,
+    [units]. evidence: of the reader, removal: predicted KL per token when that unit alone goes (None: the
+    technique asked for none). runs: units stand in as many runs of neighbours, of which each keeps as many
+    (queries that share keys and values).
     """
 
     site: str
@@ -38,11 +41,20 @@ class UnitGroup:
     reader: Float[Tensor, "out in_"]
     written: Float[Tensor, " units"]
     evidence: Evidence | None = None
+    removal: Float[Tensor, " units"] | None = None
+    runs: int = 1
 
     @property
     def units(self) -> int:
         """How many units there are."""
         return self.written.numel()
+
+    def dearest(self, scores: Float[Tensor, " units"], count: int) -> Int64[Tensor, " kept"]:
+        """The ``count`` units of the highest scores, as many in every run, sorted; of equals the first."""
+        order = scores.view(self.runs, -1).argsort(dim=1, descending=True, stable=True)
+        starts = torch.arange(0, self.units, self.units // self.runs)
+        kept: Tensor = (order[:, :count // self.runs] + starts[:, None]).flatten().sort().values
+        return kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +138,32 @@ class Channels:
         return self.square.numel()
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The rows of an embedding: how often each token stands in a text, and which must stay in any case."""
+
+    site: str
+    counts: Int64[Tensor, " rows"]
+    fixed: Bool[Tensor, " rows"]
+
+
+@runtime_checkable
+class Trimming(Protocol):
+    """A technique that takes tokens out of the vocabulary: rows of the embedding and of the head.
+
+    ``keep``: the tokens that stay, sorted. text: what shows which are used (empty: the data of the recipe).
+    """
+
+    scope: ClassVar[str]
+    edits: ClassVar[tuple[type[Tokens], ...]]
+    needs: ClassVar[frozenset[str]]
+
+    @property
+    def text(self) -> tuple[str, ...]: ...
+
+    def keep(self, tokens: Tokens) -> Tensor: ...
+
+
 @runtime_checkable
 class Narrowing(Protocol):
     """A technique that takes channels out of a network of any kind.
@@ -184,9 +222,9 @@ class Merging(Protocol):
 class Thinning(Protocol):
     """A technique that takes out units: a frozen dataclass whose fields are its settings.
 
-    needs: of {"gram", "fisher"}. ``scores``: what leaving each unit out costs, [units]. ``refit``: the matrix
-    [kept columns, in] whose transpose, W @ refit.T, makes the kept columns do the work of all (None: they
-    stay as they are).
+    needs: of {"gram", "fisher", "removal"}. ``scores``: what leaving each unit out costs, [units]. ``refit``:
+    the matrix [kept columns, in] whose transpose, W @ refit.T, makes the kept columns do the work of all
+    (None: they stay as they are).
     """
 
     scope: ClassVar[str]

@@ -45,13 +45,17 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """All neurons, or all heads, of one block: who writes them and the matrix whose columns read them."""
+    """All neurons, heads or queries of one block: who writes them and the matrix whose columns read them.
+
+    runs: as ``UnitGroup``'s.
+    """
 
     role: str
     block: int
     count: int
     writers: tuple[Place, ...]
     reader: Place
+    runs: int = 1
 
 
 def neurons(model: Model, block: int) -> Units:
@@ -67,12 +71,7 @@ def neurons(model: Model, block: int) -> Units:
 
 def heads(model: Model, block: int) -> Units:
     """Heads with their keys and values: a unit is one key-value head and all queries that share it."""
-    config, width = model.config, head_width(model.config)
-    if model.map.family.name == "gpt2":
-        raise ModelError(f"{model.name}: GPT-2's width of a head follows from their number, so none can "
-                         "be left out; leave out neurons or blocks")
-    count = config.num_key_value_heads
-    shared = config.num_attention_heads // count
+    count, shared, width = _attention(model)
     query = torch.arange(count).repeat_interleave(shared * width)
     key = torch.arange(count).repeat_interleave(width)
     sites = _sites(model, block)
@@ -82,7 +81,32 @@ def heads(model: Model, block: int) -> Units:
     return Units("heads", block, count, tuple(writers), Place(sites["o"].path, 1, query))
 
 
-GROUPS = {"neurons": neurons, "heads": heads}
+def queries(model: Model, block: int) -> Units:
+    """Heads of queries alone: a unit is one of those that share keys and values, which all stay."""
+    count, shared, width = _attention(model)
+    query, rest = torch.arange(count * shared).repeat_interleave(width), torch.full((count * width,), -1)
+    sites = _sites(model, block)
+    layout = {"q": query, "qkv": torch.cat([query, rest, rest])}
+    writers = [place for role, unit in layout.items() if role in sites
+               for place in row_places(model, sites[role], unit)]
+    return Units("queries", block, count * shared, tuple(writers), Place(sites["o"].path, 1, query), count)
+
+
+def _attention(model: Model) -> tuple[int, int, int]:
+    """Heads of keys and values, queries that share each, and channels of a head."""
+    config = model.config
+    if model.map.family.name == "gpt2":
+        raise ModelError(f"{model.name}: GPT-2's width of a head follows from their number, so none can "
+                         "be left out; leave out neurons or blocks")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ModelError(f"{model.name}: {config.num_attention_heads} heads of queries cannot share "
+                         f"{config.num_key_value_heads} of keys and values evenly; leave out neurons or "
+                         "blocks")
+    return (config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads,
+            head_width(config))
+
+
+GROUPS = {"neurons": neurons, "heads": heads, "queries": queries}
 
 
 def written(model: Model | Network, units: Units) -> Float[Tensor, " units"]:
@@ -90,7 +114,8 @@ def written(model: Model | Network, units: Units) -> Float[Tensor, " units"]:
     total = torch.zeros(units.count)
     for place in units.writers:
         if place.path in model.map.by_path:
-            total.index_add_(0, place.unit, model.weight(place.path).square().sum(1))
+            theirs = place.unit >= 0
+            total.index_add_(0, place.unit[theirs], model.weight(place.path).square().sum(1)[theirs])
     return total.sqrt()
 
 
@@ -193,6 +218,9 @@ def _resize(config: Any, role: str, count: int) -> None:
         setattr(config, name, count)
         return
     config.head_dim = head_width(config)  # it can no longer be told from the number of heads
+    if role == "queries":
+        config.num_attention_heads = count
+        return
     config.num_attention_heads = config.num_attention_heads // config.num_key_value_heads * count
     config.num_key_value_heads = count
 

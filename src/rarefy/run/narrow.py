@@ -180,19 +180,19 @@ def _multiplications(network: Network, inputs: dict[str, Tensor]) -> float:
 def thinned(network: Network, technique: Thinning, examples: Examples | None, *, name: str = "", seed: int = 0
             ) -> Narrowed:
     """The encoder without the neurons that cost least, as many in every block."""
-    if technique.units == "heads":
+    if technique.units != "neurons":
         raise refuse_heads(network)
     if not network.map.blocks or network.config is None:
         raise EditError(f"{network.name}: is no encoder of transformers; take channels out with filters")
     units = [neurons(network, block) for block in range(network.map.blocks)]
     evidence = _evidence(network, technique, units, examples, seed)
+    costs = _removals(network, technique, units, examples, seed)
     kept, refits, receipts = {}, {}, []
     for each in units:
         started, reader = time.perf_counter(), each.reader
         group = UnitGroup(reader.path, each.role, each.block, reader.unit, network.weight(reader.path),
-                          written(network, each), evidence.get(reader.path))
-        index = technique.scores(group).argsort(descending=True, stable=True)[:technique.count(group)]
-        kept[each.block] = index = index.sort().values
+                          written(network, each), evidence.get(reader.path), costs.get(reader.path))
+        kept[each.block] = index = group.dearest(technique.scores(group), technique.count(group))
         refit = technique.refit(group, index)
         if refit is not None:
             refits[each.block] = refit
@@ -206,7 +206,7 @@ def thinned(network: Network, technique: Thinning, examples: Examples | None, *,
 def _evidence(network: Network, technique: Thinning, units: Sequence[Units], examples: Examples | None,
               seed: int) -> dict[str, Evidence]:
     """Plain grams at every reader, with Fishers where errors are priced."""
-    if not technique.needs:
+    if "gram" not in technique.needs:
         return {}
     assert examples is not None
     paths = {each.reader.path for each in units}
@@ -217,6 +217,19 @@ def _evidence(network: Network, technique: Thinning, units: Sequence[Units], exa
                    for seen in observe.survey(network, examples, generator) if seen.site.path in paths}
         found = {path: replace(each, fisher=fishers[path]) for path, each in found.items()}
     return found
+
+
+def _removals(network: Network, technique: Thinning, units: Sequence[Units], examples: Examples | None,
+              seed: int) -> dict[str, Tensor]:
+    """What it costs per sample when a unit goes, by path of the reader."""
+    if "removal" not in technique.needs:
+        return {}
+    assert examples is not None
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(b"structure"))
+    roots = [each.reader.path.removesuffix(".weight") for each in units]
+    groups = [ChannelGroup(root, each.count, each.writers, (each.reader,))
+              for root, each in zip(roots, units, strict=True)]
+    return {f"{root}.weight": cost for root, cost in removals(network, groups, examples, generator).items()}
 
 
 def _lost(group: UnitGroup, kept: Tensor, refit: Tensor | None) -> float:

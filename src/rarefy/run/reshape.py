@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Evidence, Receipt, Recipe
 from rarefy.core.structure import Merging, Narrowing, Passage, Shortening, Thinning, UnitGroup
 from rarefy.measure.divergence import Reference
+from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.runner import Runner
 from rarefy.models.shrunk import (
@@ -87,7 +88,7 @@ def thinned(model: Model, technique: Thinning, tokens: Tensor | None, *, name: s
         count, scores = technique.count(group), technique.scores(group)
         if not bool(torch.isfinite(scores).all()):
             raise EditError(f"{group.site}: the cost of its {group.role} is not finite; check the model")
-        index = scores.argsort(descending=True, stable=True)[:count].sort().values
+        index = group.dearest(scores, count)
         refit = technique.refit(group, index)
         if refit is not None:
             refits[group.block] = refit
@@ -105,27 +106,45 @@ def _groups(model: Model, technique: Thinning, tokens: Tensor | None, seed: int,
         yield from (_group(model, each, None) for each in units)
         return
     assert tokens is not None
-    # plain sums of inputs refit best; the survey adds what an error of each output costs
+    # plain sums of inputs refit best; the survey adds what errors cost
     fishers: dict[str, Tensor | None] = {}
-    if "fisher" in technique.needs:
-        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(b"structure"))
-        fishers = {seen.site.path: seen.evidence.fisher
-                   for seen in survey(Runner(model), tokens[:WINDOWS], generator, advance)
-                   if seen.site.path in readers}
-    stream = Stream(Runner(model), tokens)
+    removal: dict[str, Tensor] = {}
+    if technique.needs & {"fisher", "removal"}:
+        fishers, removal = _priced(model, readers, tokens[:WINDOWS], seed, advance)
+    stream = Stream(Runner(model), tokens) if "gram" in technique.needs else None
     for each in units:
         path = each.reader.path
+        if stream is None:
+            yield _group(model, each, None, removal.get(path))
+            continue
         evidence = stream.inputs(each.block, {path})[path]
-        yield _group(model, each, replace(evidence, fisher=fishers.get(path)))
+        yield _group(model, each, replace(evidence, fisher=fishers.get(path)), removal.get(path))
         if each.block + 1 < model.map.blocks:
             stream.advance(each.block)
         advance(each.block + 1, model.map.blocks)
 
 
-def _group(model: Model, units: Units, evidence: Evidence | None) -> UnitGroup:
+def _priced(model: Model, readers: Mapping[str, Units], tokens: Tensor, seed: int, advance: Advance
+            ) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
+    """What an error of each reader's outputs costs, and what it costs when a unit goes, in nats per token."""
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(b"structure"))
+    removal = {path: torch.zeros(each.count) for path, each in readers.items()}
+
+    def visit(site: Site, x: Tensor, pull: Tensor) -> None:
+        if site.path in readers:
+            lost = (x * (pull @ model.weight(site.path))).flatten(0, -2)
+            units = torch.zeros(len(lost), readers[site.path].count)
+            units.index_add_(1, readers[site.path].reader.unit, lost)
+            removal[site.path] += units.square().sum(0) / (2 * tokens.numel())
+
+    seen = survey(Runner(model), tokens, generator, advance, visit)
+    return {each.site.path: each.evidence.fisher for each in seen if each.site.path in readers}, removal
+
+
+def _group(model: Model, units: Units, evidence: Evidence | None, removal: Tensor | None = None) -> UnitGroup:
     reader = units.reader
     return UnitGroup(reader.path, units.role, units.block, reader.unit, model.weight(reader.path),
-                     written(model, units), evidence)
+                     written(model, units), evidence, removal, units.runs)
 
 
 def _receipt(group: UnitGroup, name: str, kept: Tensor, refit: Tensor | None, seconds: float) -> Receipt:

@@ -1,16 +1,19 @@
 """Take out whole neurons or attention heads, and let those that stay do their work.
 
-Units u (a neuron; a key-value head with its queries) write channels x_u that one matrix reads, y = sum_u W_u
-x_u. With the inputs' second moment G = X X^T / T, and f_i what an error of output i costs (1, or the Fisher),
-leaving u out costs
+Units u (a neuron; a key-value head with its queries; one of these queries) write channels x_u that one
+matrix reads, y = sum_u W_u x_u. With the inputs' second moment G = X X^T / T, f_i what an error of output i
+costs (1, or the Fisher), and g_t the gradient at y_t of -log p of a token drawn from the model's own
+prediction, leaving u out costs
 
     magnitude    sqrt(|writers of u|^2 + |W_u|^2)                   data-free
     activation   sqrt(tr G_uu)                                       how loud the unit is
     wanda        sqrt(tr W_u G_uu W_u^T)                             the part of y that goes
     fisher       1/2 sum_i f_i W_u,i G_uu W_u,i^T                    the same in nats
+    taylor       1/2 E_t (g_t^T W_u x_u,t)^2                         in nats, g and x taken together
     obs          1/2 sum_i f_i W_u,i ((G^-1)_uu)^-1 W_u,i^T          what is left when the others step in
 
-The units that cost least go, as many in every block, so that any runtime loads what is left. ``compensate``
+The units that cost least go, as many in every block, so that any runtime loads what is left; of queries as
+many from all that share keys and values. ``compensate``
 then refits the reader by least squares on the kept columns K,
 
     W' = W G_:K (G_KK)^-1,
@@ -18,11 +21,13 @@ then refits the reader by least squares on the kept columns K,
 which is what ``obs`` assumes and what makes most of the difference in practice.
 
 Paper: He et al. 2017, "Channel Pruning", eq. 3 (the refit); Kurtic et al. 2023, "ZipLM", eq. 3 (obs);
-Muralidharan et al. 2024, "Minitron" (activation); Ma et al. 2023, "LLM-Pruner" (heads with their group).
+Muralidharan et al. 2024, "Minitron" (activation); Ma et al. 2023, "LLM-Pruner" (heads with their group);
+Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning", eq. 9 (taylor).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,16 +39,18 @@ from rarefy.core.errors import EditError, RecipeError, did_you_mean
 from rarefy.core.structure import UnitGroup
 from rarefy.numerics.linear import damped
 
-CRITERIA = ("magnitude", "activation", "wanda", "fisher", "obs")
+UNITS = ("neurons", "heads", "queries")
+CRITERIA = ("magnitude", "activation", "wanda", "fisher", "taylor", "obs")
 
 
 @dataclass(frozen=True)
 class Units:
     """Leave out a share of the units of every block.
 
-    Shapes: scores [units]; refit [kept columns, in]. units: neurons or heads. ratio: the share that goes.
-    multiple: what stays is rounded up to a multiple of this many channels, because block formats need whole
-    blocks. compensate: refit the reader. damping: share of the Gram's mean diagonal added to it.
+    Shapes: scores [units]; refit [kept columns, in]. units: neurons, heads (with keys and values) or queries.
+    ratio: the share that goes. multiple: what stays is rounded up to a multiple of this many channels, as
+    block formats need whole blocks. compensate: refit the reader. damping: share of the Gram's mean diagonal
+    added to it.
     """
 
     units: str = "neurons"
@@ -58,8 +65,8 @@ class Units:
     beats: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        if self.units not in ("neurons", "heads"):
-            raise RecipeError(f"units {self.units!r}: choose neurons or heads")
+        if self.units not in UNITS:
+            raise RecipeError(f"units {self.units!r}: choose neurons, heads or queries")
         if self.criterion not in CRITERIA:
             raise RecipeError(f"criterion {self.criterion!r}: choose one of {', '.join(CRITERIA)}"
                               f"{did_you_mean(self.criterion, list(CRITERIA))}")
@@ -70,14 +77,15 @@ class Units:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Gram unless nothing is looked at, the Fisher where errors are priced with it."""
-        gram = {"gram"} if self.compensate or self.criterion != "magnitude" else set()
-        return frozenset(gram | ({"fisher"} if self.criterion in ("fisher", "obs") else set()))
+        """The Gram unless nothing is looked at, the Fisher where errors are priced with it, removals."""
+        gram = {"gram"} if self.compensate or self.criterion not in ("magnitude", "taylor") else set()
+        priced = {"fisher": {"fisher"}, "obs": {"fisher"}, "taylor": {"removal"}}
+        return frozenset(gram | priced.get(self.criterion, set()))
 
     def count(self, group: UnitGroup) -> int:
         """How many units stay."""
         width = group.unit.numel() // group.units
-        step = max(1, -(-self.multiple // width))
+        step = math.lcm(max(1, -(-self.multiple // width)), group.runs)
         wanted = round(group.units * (1 - self.ratio))
         kept = -(-wanted // step) * step
         asked = f"{group.site}: a ratio of {self.ratio:g} of {group.units} {group.role}"
@@ -93,6 +101,9 @@ class Units:
         if self.criterion == "magnitude":
             read = torch.zeros(group.units).index_add_(0, group.unit, group.reader.square().sum(0))
             return (group.written.square() + read).sqrt()
+        if self.criterion == "taylor":
+            assert group.removal is not None
+            return group.removal
         assert group.evidence is not None
         G = group.evidence.gram / max(group.evidence.tokens, 1)
         if self.criterion == "activation":
