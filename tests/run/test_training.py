@@ -13,7 +13,8 @@ from rarefy.core.errors import DataError, RarefyError, RecipeError
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
-from rarefy.run.training import Term, Training, train, with_recipe
+from rarefy.run.lessons import Term
+from rarefy.run.training import Training, train, with_recipe
 from rarefy.training.loop import Settings
 
 SETTINGS = Settings(epochs=2, batch=32, rate=3e-3, precision="float32")

@@ -13,7 +13,7 @@ from rarefy.cli.progress import progress
 from rarefy.cli.terminal import dump, finite, guarded, show
 
 if TYPE_CHECKING:
-    from rarefy.run.training import Term
+    from rarefy.run.lessons import Term
 
 Table = Annotated[list[str] | None, typer.Option(
     "--data", metavar="DATA", rich_help_panel=WORK, show_default=False,
@@ -91,7 +91,7 @@ def distill(
 def _weighted(text: str) -> Term:
     """``soft_labels=0.5``: a loss and its weight."""
     from rarefy.core.errors import RecipeError
-    from rarefy.run.training import Term
+    from rarefy.run.lessons import Term
 
     name, _, weight = text.partition("=")
     try:

@@ -21,13 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 import rarefy
-from rarefy.calibration.examples import read_examples
-from rarefy.calibration.samples import SELF, materialize, sample_windows
-from rarefy.calibration.text import split_windows, windows
+from rarefy.calibration.samples import materialize
 from rarefy.core.edit import edit
 from rarefy.core.errors import DataError, RecipeError, did_you_mean
 from rarefy.core.nodes import Dense, Node, Sum
-from rarefy.core.signals import Objective
 from rarefy.core.tune import Trainer
 from rarefy.export.native import is_native, open_native, trees_of
 from rarefy.export.peft import adapter_of, export_adapter
@@ -36,33 +33,20 @@ from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
 from rarefy.run.journal import Journal, written
-from rarefy.run.planning import objectives
+from rarefy.run.lessons import Lesson, Material, Term, explained, losses, material
 from rarefy.run.progress import Progress, Silent
 from rarefy.techniques.adapt.loftq import LoftQ
 from rarefy.techniques.adapt.lora import LoRA
 from rarefy.techniques.distill.hard_labels import HardLabels
-from rarefy.training.examples import LABELS, Answered, Rows
+from rarefy.training.examples import LABELS, Rows
 from rarefy.training.heads import with_head
 from rarefy.training.loop import Settings
-from rarefy.training.signals import Distillation, inputs_of
+from rarefy.training.signals import inputs_of
 from rarefy.training.students import every_second, shallower
-from rarefy.training.teacher import answered
 from rarefy.training.tune import Tuned, Tuning, tune
 
 ADAPTERS = ("none", "lora", "loftq")
-LENGTH = 256  # tokens of a window
-HELD = 0.1  # share of the data that judges, where the user names no other
-MOST = 4096  # windows of text
 OUTSIDE = frozenset({"embed", "positions", "token_types", "head", "pooler"})  # roles that get no adapter
-
-
-@dataclass(frozen=True)
-class Term:
-    """One loss: its technique, its weight, and the technique's settings."""
-
-    technique: str
-    weight: float = 1.0
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,13 +80,6 @@ class Trained:
     receipt: dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
-class _Data:
-    train: Rows
-    held: Rows
-    labels: tuple[str, ...] = ()
-
-
 def train(job: Training, progress: Progress | None = None) -> Trained:
     """Do the job. Raises a RarefyError; then nothing stands under the final name."""
     progress = progress or Silent()
@@ -122,16 +99,17 @@ def train(job: Training, progress: Progress | None = None) -> Trained:
 def _work(job: Training, network: Model | Network, journal: Journal, progress: Progress) -> dict[str, Any]:
     """Data, student, training, output; the receipt."""
     fresh: tuple[str, ...] = ()
+    lesson, distils = Lesson(job.data, job.eval_data, job.objectives, job.settings), bool(job.student)
     with progress.stage("data"):
-        data = _data(job, network)
+        data = material(lesson, network, distils=distils)
         if data.labels and isinstance(network, Network) and network.form.gives == "embedding":
             network, fresh = with_head(network, data.labels, job.settings.seed)
         _check_labels(network, data)
-    distils = bool(job.student)
     student = _student(job, network) if distils else network
-    terms = _terms(job, student, data) if distils else ((1.0, HardLabels()),)
+    terms = losses(lesson, student, data) if distils else ((1.0, HardLabels()),)
     tuning, trees = _tuning(job, student, fresh)
-    examples, held, objective = _lesson(student, network if distils else None, terms, data, journal, progress)
+    examples, held, objective = explained(student, network if distils else None, terms, data, journal.work,
+                                          progress)
     before = _score(student, data.held, trees, {})
     with progress.stage("train") as stage:
         tuned = tune(student, trees, tuning, objective, examples, job.settings, held=held,
@@ -186,49 +164,7 @@ def _opened(ref: str) -> Model | Network:
     return open_native(ref) if is_native(ref) else open_any(ref, dequantize=True)
 
 
-# ---- data ----------------------------------------------------------------------------------------------
-
-
-def _data(job: Training, network: Model | Network) -> _Data:
-    """Rows to train on and rows to judge on."""
-    if isinstance(network, Model):
-        return _windows(job, network)
-    if len(job.data) != 1 or len(job.eval_data) > 1:
-        raise DataError("pass one table of sentences (and labels) to train on, and at most one to judge on")
-    parts = [_rows(network, ref) for ref in (*job.data, *job.eval_data)]
-    train, aside = (parts[0], parts[1]) if job.eval_data else parts[0].split(HELD, job.settings.seed)
-    labels: tuple[str, ...] = network.form.labels
-    if LABELS in parts[0].tensors and network.form.gives == "embedding":
-        labels = tuple(str(k) for k in range(int(parts[0].tensors[LABELS].max()) + 1))
-    return _Data(train, aside, labels if LABELS in train.tensors else ())
-
-
-def _rows(network: Network, ref: str) -> Rows:
-    found = read_examples(network, ref)
-    return Rows({**found.inputs, **({} if found.labels is None else {LABELS: found.labels})})
-
-
-def _windows(job: Training, model: Model) -> _Data:
-    """Windows of text, or of what the teacher writes; the label of a token is the one that follows."""
-    length = min(LENGTH + 1, getattr(model.config, "max_position_embeddings", LENGTH + 1))
-    if job.data in ((), (SELF,)):
-        if not job.student:
-            raise DataError("fine-tuning needs --data: text to learn from")
-        count = max(8, min(MOST, (job.settings.steps or 64) * job.settings.batch))
-        tokens = sample_windows(model, count=count, length=length, seed=job.settings.seed)
-    else:
-        tokens = windows(job.data, model.tokenizer, length=length, count=MOST, seed=job.settings.seed,
-                         minimum=4)
-    if job.eval_data:
-        held = windows(job.eval_data, model.tokenizer, length=length, count=64, seed=1, minimum=1)
-    else:
-        tokens, held = split_windows(tokens, max(1, min(64, len(tokens) // 10)), seed=job.settings.seed)
-    parts = [Rows({"input_ids": each[:, :-1].contiguous(), LABELS: each[:, 1:].contiguous()})
-             for each in (tokens, held)]
-    return _Data(parts[0], parts[1])
-
-
-def _check_labels(network: Model | Network, data: _Data) -> None:
+def _check_labels(network: Model | Network, data: Material) -> None:
     if isinstance(network, Model) or LABELS not in data.train.tensors:
         return
     found, classes = data.train.tensors[LABELS].unique(), len(network.form.labels)
@@ -259,36 +195,6 @@ def _student(job: Training, teacher: Model | Network) -> Model | Network:
     return student
 
 
-def _terms(job: Training, student: Model | Network, data: _Data) -> tuple[tuple[float, Objective], ...]:
-    """The losses of the job; by default what suits the network."""
-    known = objectives()
-    chosen = job.objectives
-    if not chosen and isinstance(student, Model):
-        chosen = (Term("forward_kl"),)
-    elif not chosen and isinstance(student, Network):
-        rows = Term("cosine", settings={"of": "rows"})
-        chosen = (Term("triple") if student.form.gives == "classes" else rows,)
-    found = tuple((term.weight, _objective(term, known)) for term in chosen)
-    if any("samples" in term.needs for _, term in found) and job.data not in ((), (SELF,)):
-        raise RecipeError("sequence learns from what the teacher writes; leave --data out")
-    if any("labels" in term.needs for _, term in found) and LABELS not in data.train.tensors:
-        raise DataError("this objective needs labels and the data has none; use soft_labels")
-    return found
-
-
-def _objective(term: Term, known: Mapping[str, type[Any]]) -> Objective:
-    if term.technique not in known:
-        raise RecipeError(f"objective {term.technique!r} does not exist"
-                          f"{did_you_mean(term.technique, list(known))}; choose of {', '.join(known)}")
-    kind = known[term.technique]
-    fields = list(kind.__dataclass_fields__)
-    wrong = [name for name in term.settings if name not in fields]
-    if wrong:
-        raise RecipeError(f"{term.technique}: no setting {wrong[0]!r}{did_you_mean(wrong[0], fields)}")
-    objective: Objective = kind(**term.settings)
-    return objective
-
-
 def _tuning(job: Training, student: Model | Network, fresh: tuple[str, ...]
             ) -> tuple[Tuning, dict[str, Node]]:
     """What moves, and the trees that it starts from."""
@@ -313,22 +219,6 @@ def _loftq(student: Model | Network, site: Site, job: Training) -> Node:
     tree, _ = edit(site.path, Dense(weight), weight, LoftQ(job.rank), "loftq", None,
                    torch.Generator().manual_seed(job.settings.seed), site.kernel)
     return tree
-
-
-def _lesson(student: Model | Network, teacher: Model | Network | None,
-            terms: tuple[tuple[float, Objective], ...], data: _Data, journal: Journal, progress: Progress
-            ) -> tuple[Rows | Answered, Rows | Answered, Distillation]:
-    """Examples with the teacher's answers, where those are all that is needed of it."""
-    needs = frozenset().union(*(term.needs for _, term in terms))
-    if teacher is None or needs <= {"labels", "samples"}:
-        return data.train, data.held, Distillation(student, None, terms)
-    classes = min(len(teacher.tokenizer), teacher.map.head.shape[0]) if isinstance(teacher, Model) else None
-    if not needs <= {"logits", "labels"} or any(getattr(t, "temperature", 1) != 1 for _, t in terms):
-        return data.train, data.held, Distillation(student, teacher, terms, classes=classes)
-    with progress.stage("ask the teacher") as stage:
-        parts = [answered(teacher, rows, journal.work, classes=classes, advance=stage.advance)
-                 for rows in (data.train, data.held)]
-    return parts[0], parts[1], Distillation(student, None, terms, classes=classes)
 
 
 # ---- what comes out ------------------------------------------------------------------------------------
