@@ -29,11 +29,24 @@ def inverse_factor(gram: Float[Tensor, "n n"],
 
     The damping climbs a ladder of 1x, 10x, 100x; None when even the last rung is not positive definite.
     """
+    lower, needed = _reversed_factor(gram, damping)
+    if lower is None:
+        return None, needed
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return upper.float(), needed
+
+
+def unabsorbed(gram: Float[Tensor, "n n"], damping: float) -> Float[Tensor, " n"] | None:
+    """``1 / U_jj^2``: what an error of column j costs once the later columns have absorbed their share."""
+    lower, _ = _reversed_factor(gram, damping)
+    return None if lower is None else lower.diagonal().flip(0).square().float()
+
+
+def _reversed_factor(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
+    """M, lower triangular: ``M M^T`` is gram + damping, both axes reversed; then U is M^-1 reversed."""
     for rung in LADDER:
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping * rung))
-        if failed:
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(torch.isfinite(upper).all()):
-            return upper.float(), damping * rung
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping * rung).flip(0, 1))
+        if not failed and bool(torch.isfinite(lower).all()):
+            return lower, damping * rung
     return None, damping * LADDER[-1]

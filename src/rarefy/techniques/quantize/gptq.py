@@ -32,7 +32,7 @@ from rarefy.core.edit import Edited, Leaf
 from rarefy.core.nodes import Dense, Node, Quantized
 from rarefy.core.nouns import Choice, Option, Step
 from rarefy.numerics.grids import Grid, integer_grid
-from rarefy.numerics.linear import inverse_factor
+from rarefy.numerics.linear import inverse_factor, unabsorbed
 from rarefy.numerics.rounding import Fit, encode, fit, inverse, join, level_of, nearest
 
 CHUNK = 1 << 21  # weights swept at once; rows are independent, so this only bounds memory
@@ -88,8 +88,8 @@ class GPTQ:
         the damage of the sweep.
         """
         assert leaf.evidence is not None and leaf.evidence.fisher is not None
-        U, _ = inverse_factor(leaf.evidence.gram / max(leaf.evidence.tokens, 1), cls.damping)
-        h = leaf.evidence.gram.diagonal() if U is None else U.diagonal().square().reciprocal()
+        h = unabsorbed(leaf.evidence.gram / max(leaf.evidence.tokens, 1), cls.damping)
+        h = leaf.evidence.gram.diagonal() if h is None else h
         for name, choice in choices.items():
             if not isinstance(choice.stored, Grid):
                 continue

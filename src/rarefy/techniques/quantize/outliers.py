@@ -33,7 +33,7 @@ from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense, Masked, Node, Quantized, Sum
 from rarefy.core.nouns import Choice, Option, Step
 from rarefy.numerics.grids import Grid, integer_grid
-from rarefy.numerics.linear import inverse_factor
+from rarefy.numerics.linear import unabsorbed
 from rarefy.numerics.rounding import cast, encode, fit, join
 
 CHUNK = 1 << 20  # weights rounded at once, so that temporaries stay in cache
@@ -80,8 +80,8 @@ class Outliers:
         if tree is None:
             return
         assert leaf.evidence is not None and leaf.evidence.fisher is not None
-        U, _ = inverse_factor(leaf.evidence.gram / max(leaf.evidence.tokens, 1), DAMPING)
-        h = leaf.evidence.gram.diagonal() if U is None else U.diagonal().square().reciprocal()
+        h = unabsorbed(leaf.evidence.gram / max(leaf.evidence.tokens, 1), DAMPING)
+        h = leaf.evidence.gram.diagonal() if h is None else h
         kept = torch.ones_like(leaf.target, dtype=torch.bool)
         scale = (leaf.sampled_from or leaf.target.shape[0]) / leaf.target.shape[0]
         grids = {name: choice.stored for name, choice in choices.items() if isinstance(choice.stored, Grid)}
