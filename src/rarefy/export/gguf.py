@@ -83,6 +83,10 @@ def _metadata(model: Model) -> list[Entry]:
             rows = next(site.shape[0] for site in model.map.sites if site.role == "embed")
             sizes = {entry[0]: entry for entry in architecture_metadata(family, model.config, rows)}
             entries = [sizes.get(entry[0], entry) for entry in entries]
+            if rows != len(source.metadata.get("tokenizer.ggml.tokens", ())):  # nor are the tokens
+                entries = [entry for entry in entries if not entry[0].startswith("tokenizer.ggml.")]
+                entries += [entry for entry in tokenizer_metadata(model.tokenizer, rows, _end(model))
+                            if entry[0].startswith("tokenizer.ggml.")]
     else:
         rows = next(site.shape[0] for site in model.map.sites if site.role == "embed")
         vocabulary = tokenizer_metadata(model.tokenizer, rows, _end(model))

@@ -1,4 +1,5 @@
-"""A narrower network made of a trained one: without some neurons of an encoder, or some filters of any CNN.
+"""A narrower network made of a trained one: without some neurons or tokens of an encoder, or some filters of
+any CNN.
 
 Encoders of transformers have one width for all feed-forward parts, said by their configuration: neurons go
 from every block alike and the result is an ordinary folder. Their heads cannot go: these classes derive the
@@ -14,7 +15,7 @@ the class the layers that a file holds.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,11 +28,13 @@ from rarefy.core.errors import ModelError, TargetError
 from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, Network
 from rarefy.models.opening import fill, laid_out, network_class
-from rarefy.models.shrunk import Cut, Place, ShrunkSource, Units, row_places
+from rarefy.models.shrunk import Cut, Place, ShrunkSource, Units, renumbered, row_places
 from rarefy.models.sources import ModuleSource
+from rarefy.models.tokens import without_tokens
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+COUNTED = ("roberta", "xlm-roberta", "mpnet")  # their first position is behind the number of the padding
 HEADS = ("{}: transformers derives the width of a head of {} from the number of heads, so a file without "
          "some of them could not be loaded; leave out neurons, or drop blocks")
 
@@ -69,11 +72,36 @@ def without_neurons(network: Network, kept: Mapping[int, Tensor], refits: Mappin
         cuts.setdefault(units.reader.path, []).append(Cut(1, units.reader.kept(index), refits.get(block)))
     config = copy.deepcopy(network.config)
     setattr(config, "hidden_dim" if config.model_type == "distilbert" else "intermediate_size", sizes.pop())
+    return _laid_out(network, config, ShrunkSource(network.source, cuts, network.map.by_path, {}),
+                     lambda: network.tokenizer)
+
+
+# ---- encoders of text
+
+def with_tokens(network: Network, kept: Int64[Tensor, " kept"]) -> Network:
+    """The encoder that knows the tokens ``kept`` alone (sorted), renumbered; its tokenizer too."""
+    table = token_table(network)
+    source = ShrunkSource(network.source, {table.path: [Cut(0, kept, None)]}, network.map.by_path, {})
+    tokenizer, config = network.tokenizer, renumbered(network.config, kept)
+    if config.model_type in COUNTED and config.pad_token_id != network.config.pad_token_id:
+        raise ModelError(f"{network.name}: counts its positions from the number of the padding token, which "
+                         "must keep it; keep the tokens before it as well")
+    return _laid_out(network, config, source, lambda: without_tokens(tokenizer, kept))
+
+
+def token_table(network: Network) -> Site:
+    """The embedding of tokens of an encoder."""
+    found = [site for site in network.map.sites if site.role == "embed"]
+    if network.config is None or network.form.takes != "text" or len(found) != 1:
+        raise ModelError(f"{network.name}: has no vocabulary of transformers to take tokens out of")
+    return found[0]
+
+
+def _laid_out(network: Network, config: Any, source: ShrunkSource, tokenizer: Callable[[], Any]) -> Network:
+    """A network of transformers with another configuration, its weights read through ``source``."""
     pooler = any("pooler." in path for path in network.map.by_path)
     module = laid_out(config, network_class(config, network.form.loader), network.name, pooler=pooler)
-    source = ShrunkSource(network.source, cuts, network.map.by_path, {})
     fill(module, source, network.name)
-    tokenizer = (lambda: network.tokenizer) if network.form.takes == "text" else None
     return Network(network.name, module, source, network.form, config=config, tokenizer=tokenizer,
                    files=network.files)
 

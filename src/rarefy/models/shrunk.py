@@ -1,4 +1,4 @@
-"""A smaller model seen in a larger one: without some neurons, heads or blocks, as an ordinary model.
+"""A smaller model seen in a larger one: without some neurons, heads, blocks or tokens, as an ordinary model.
 
 The view has a configuration of its own, which says the smaller sizes, and a source that leaves rows,
 columns or whole blocks out as it is read. Names and shapes are checked against the configuration as for any
@@ -26,6 +26,7 @@ from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.sources import Source
+from rarefy.models.tokens import without_tokens
 
 PER_BLOCK = ("layer_types", "no_rope_layers")  # settings of a configuration with one entry per block
 
@@ -196,6 +197,26 @@ def without_blocks(model: Model, dropped: frozenset[int]) -> Model:
     return _view(model, config, ShrunkSource(model.source, {}, {}, names))
 
 
+def with_tokens(model: Model, kept: Int64[Tensor, " kept"]) -> Model:
+    """The model that knows the tokens ``kept`` alone (sorted), renumbered; its tokenizer too."""
+    cuts = {site.path: [Cut(0, kept, None)] for site in model.map.sites if site.role in ("embed", "head")}
+    source = ShrunkSource(model.source, cuts, model.map.by_path, {})
+    return Model(model.name, model.map.family, renumbered(model.config, kept), source,
+                 lambda: without_tokens(model.tokenizer, kept))
+
+
+def renumbered(config: Any, kept: Int64[Tensor, " kept"]) -> Any:
+    """The configuration of a network that knows the tokens ``kept`` alone."""
+    place = {old: new for new, old in enumerate(kept.tolist())}
+    done = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if name.endswith("_token_id") and value is not None:
+            setattr(done, name, [place[each] for each in value] if isinstance(value, list)
+                    else place.get(value, value))
+    done.vocab_size = kept.numel()
+    return done
+
+
 def _view(model: Model, config: Any, source: ShrunkSource) -> Model:
     return Model(model.name, model.map.family, config, source, lambda: model.tokenizer)
 
@@ -269,7 +290,8 @@ class ShrunkSource(Source):
         return tuple(shape)
 
     def dtype(self, name: str) -> str:
-        return "float32" if name in self._cuts else self.inner.dtype(self._inside(name))
+        plain = name not in self._cuts or self._picked(name) is not None
+        return self.inner.dtype(self._inside(name)) if plain else "float32"
 
     def files(self) -> tuple[Path, ...]:
         return self.inner.files()
@@ -279,10 +301,13 @@ class ShrunkSource(Source):
         self.inner.check(self._inside(name))
 
     def rows(self, name: str, index: slice | Tensor) -> Tensor:
-        """Some rows; of a matrix that was cut, all are read."""
+        """Some rows; of a matrix of which more than rows was cut, all are read."""
         inside = self._inside(name)
         if name not in self._cuts:
             return self.inner.rows(inside, index)
+        picked = self._picked(name)
+        if picked is not None:
+            return self.inner.rows(inside, picked[index])
         values = self.inner.rows(inside, slice(None))
         flipped = self._flipped(name)
         values = values.T if flipped else values
@@ -292,6 +317,14 @@ class ShrunkSource(Source):
 
     def _rows(self, name: str, index: slice | Tensor) -> Tensor:
         return self.rows(name, index)
+
+    def _picked(self, name: str) -> Tensor | None:
+        """The rows of a tensor of which nothing but rows was left out."""
+        match self._cuts[name]:
+            case [Cut(axis=0, kept=kept, refit=None)] if not self._flipped(name):
+                return kept
+            case _:
+                return None
 
     def _inside(self, name: str) -> str:
         return self._names.get(name, name)
