@@ -206,7 +206,7 @@ def test_sparsity_is_shared_out(how: str, tiny_cnn: Digits, tmp_path: Path) -> N
     (Step("magnitude", ("*",), {"sparsty": 0.5}), RecipeError, "did you mean 'sparsity'"),
     (Step("magnitude", ("role:q",), {}), RecipeError, "'role:q' matches no weight"),
     (Step("rtn", ("*",), {"allocate": "owl"}), RecipeError, "no setting 'allocate'"),
-    (Step("awq"), RecipeError, "works on causal language models"),
+    (Step("awq"), EditError, "awq can change none of its channels: neither a norm nor attention feeds"),
 ])
 def test_recipes_that_do_not_do(step: Step, error: type, match: str, tiny_cnn: Digits,
                                 tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rarefy.calibration.examples import read_examples
 from rarefy.core.axes import Change, Transform
 from rarefy.core.edit import edit
 from rarefy.core.errors import EditError, RecipeError
@@ -17,8 +18,11 @@ from rarefy.core.nouns import Recipe, Step
 from rarefy.export.gguf import export_gguf
 from rarefy.formats.ggml import CODECS
 from rarefy.measure.divergence import Reference
+from rarefy.measure.task import Judge
 from rarefy.models.axes import changes, couplings
 from rarefy.models.model import Model, open_model
+from rarefy.models.network import Network
+from rarefy.models.opening import open_any
 from rarefy.models.rewritten import rewritten
 from rarefy.models.runner import Runner
 from rarefy.numerics.grids import Grid, integer_grid
@@ -26,7 +30,7 @@ from rarefy.run.effort import effort_named
 from rarefy.run.job import Job, compress
 from rarefy.run.progress import Silent
 from rarefy.run.recipe import split
-from rarefy.run.rescale import rescaled, transformed
+from rarefy.run.rescale import rescaled, transformed, transformed_network
 from rarefy.run.sweep import Work, sweep
 from rarefy.runtimes.llamacpp import Session
 from rarefy.techniques.quantize.awq import AWQ
@@ -204,3 +208,39 @@ def test_a_recipe_from_start_to_end(tiny_random, tmp_path: Path) -> None:
     assert result.receipt["measured"]["runtime"]["logit_error_vs_float"]["kl_mean"] < 0.01
     assert {row["technique"] for row in result.receipt["axes"]} == {"rotate", "awq"}
     assert "lm_head.weight" in {row["site"] for row in result.receipt["plan"]}
+
+
+# ---- networks that are no language models
+
+def test_an_encoder_is_scaled_where_its_norms_allow(tiny_encoder: Path) -> None:
+    """BERT's norms feed the residual stream as well: its values change, its norms say why not."""
+    network = open_any(tiny_encoder)
+    assert isinstance(network, Network)
+    examples = read_examples(network, str(tiny_encoder / "train.tsv"), count=64)
+    judge = Judge(network, examples)
+    for technique in (SmoothQuant(), AWQ(grid=GRID), Rotate(residual=False)):
+        done = transformed_network(network, technique, examples)
+        assert judge.compare(done.model).mean < 1e-8
+        changed = {path for path in network.map.by_path
+                   if not torch.equal(done.model.weight(path), network.weight(path))}
+        assert {network.map.by_path[path].role for path in changed} == {"v", "o"}
+        left = [receipt for receipt in done.receipts if receipt.note.startswith("left as it is")]
+        assert len(left) == (0 if isinstance(technique, Rotate) else 4)
+        assert all("residual connection" in receipt.note for receipt in left)
+    with pytest.raises(EditError, match=r"cannot be rotated: .* causal language models alone; pass residual"):
+        transformed_network(network, Rotate(), examples)
+    with pytest.raises(EditError, match="needs calibration samples"):
+        transformed_network(network, SmoothQuant(), None)
+    with pytest.raises(EditError, match=r"can change none of its channels: .*Norm: .* leave the step out"):
+        transformed_network(network, SmoothQuant(), examples, where=("role:q", "role:k", "role:v", "role:up"))
+
+
+def test_a_recipe_rescales_an_encoder(tiny_encoder: Path, tmp_path: Path) -> None:
+    """The file is measured against the original, and says what was changed before it was rounded."""
+    steps = (Step("awq", settings={"steps": 4}), Step("rtn", ("role:v", "role:o"), format="int4-g32"))
+    data, judged = (str(tiny_encoder / "train.tsv"),), (str(tiny_encoder / "dev.tsv"),)
+    recipe = Recipe(str(tiny_encoder), steps, effort="quick", data=data, eval_data=judged)
+    result = compress(Job(str(tiny_encoder), tmp_path / "out", effort="quick", data=data, eval_data=judged,
+                          recipe=recipe), Silent())
+    assert 0 < result.receipt["measured"]["float"]["kl_mean"] < 0.1
+    assert {row["technique"] for row in result.receipt["axes"]} == {"awq"}

@@ -1,13 +1,18 @@
-"""What arrives at the matrices of a block, channel by channel: for techniques that rescale channels."""
+"""What arrives at matrices, channel by channel: for techniques that rescale channels."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.calibration.evidence import Stream
+from rarefy.calibration.examples import Examples
+from rarefy.calibration.observe import BATCH, positions
 from rarefy.core.axes import Inputs
 from rarefy.core.nouns import Evidence
+from rarefy.models.form import MASK
+from rarefy.models.map import Site
+from rarefy.models.network import Network
 
 
 @torch.no_grad()
@@ -32,6 +37,22 @@ def head_inputs(stream: Stream) -> Inputs:
     for hidden in stream.hidden:
         sums.add(stream.runner.norm(hidden))
     return sums.inputs()
+
+
+@torch.no_grad()
+def network_inputs(network: Network, examples: Examples, paths: set[str]) -> dict[str, Inputs]:
+    """The same at linears of a network that is no language model, padding left out."""
+    sums = {path: _Sums() for path in paths}
+    mask: Tensor | None = None
+
+    def watch(site: Site, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        sums[site.path].add(positions(x, mask))
+
+    with network.watched({path: network.map.by_path[path] for path in paths}, watch):
+        for batch in examples.by_length().batches(BATCH):
+            mask = batch.get(MASK)
+            network.run(batch)
+    return {path: each.inputs() for path, each in sums.items()}
 
 
 class _Sums:

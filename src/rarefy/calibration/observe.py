@@ -168,7 +168,7 @@ class _Tally:
             case nn.Conv1d() | nn.Conv2d():
                 self._convolution(module, x, gradient)
             case _:
-                self._sum(_positions(x, mask), None if gradient is None else _positions(gradient, mask))
+                self._sum(positions(x, mask), None if gradient is None else positions(gradient, mask))
 
     def _sum(self, x: Tensor, gradient: Tensor | None, groups: int = 1) -> None:
         """Rows of inputs (``groups`` of them for every position), and of gradients where there are some."""
@@ -220,8 +220,8 @@ class _Tally:
         return Evidence(torch.diag(columns) * (count / samples), count, seen)
 
 
-def _positions(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows of positions, those of padding left out where ``values`` has an axis of tokens."""
+def positions(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows of positions, [positions, width], those of padding left out where there is an axis of tokens."""
     if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:
         return values[mask.bool()]
     return values.reshape(-1, values.shape[-1])

@@ -55,8 +55,8 @@ class AxisGroup:
 
     role: norm, values (of attention), hidden (of the feed-forward part) or residual. size: how many channels.
     scales: whether each channel may have a factor of its own. turns: how many neighbouring channels may be
-    rotated among themselves (0: none), and barrier: why not. readers: the matrices behind; empty for
-    techniques that need no inputs.
+    rotated among themselves (0: none). barrier: why not. readers: the matrices behind; empty for techniques
+    that need no inputs.
     """
 
     site: str
@@ -66,6 +66,11 @@ class AxisGroup:
     turns: int
     barrier: str = ""
     readers: tuple[Reader, ...] = ()
+
+    @property
+    def barred(self) -> bool:
+        """Whether ``barrier`` keeps channels from being scaled; those of the residual stream never are."""
+        return not self.scales and self.role != "residual"
 
     def pooled(self, columns: list[Float[Tensor, " in_"]], reduce: str) -> Float[Tensor, " channels"]:
         """One number per channel from one per column of every reader; ``reduce``: "mean" or "amax"."""

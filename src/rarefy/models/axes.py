@@ -81,17 +81,25 @@ def couplings(model: Model) -> tuple[Coupling, ...]:
 
 
 def changes(model: Model, coupling: Coupling, change: Change) -> Iterator[tuple[str, Scale | Turn | Fill]]:
-    """What a change of a coupling's channels does to each tensor, in the order in which it is to be done."""
+    """What a change of a coupling's channels does to each tensor of a language model, in the order in which
+    it is to be done: before its residual stream is rotated, the gains of the norms go into their readers."""
+    rotated = change.rotation is not None and coupling.turns == change.rotation.width
+    if rotated and coupling.role == "residual":
+        yield from _folded(model)
+    yield from alterations(coupling, change)
+
+
+def alterations(coupling: Coupling, change: Change) -> Iterator[tuple[str, Scale | Turn | Fill]]:
+    """What a change of a coupling's channels does to its writers and readers."""
     if change.factors is not None:
         if not coupling.scales:
-            raise ModelError(f"{coupling.site}: channels of this group cannot have factors of their own")
+            raise ModelError(f"{coupling.site}: channels of this group cannot have factors of their own"
+                             f"{coupling.barrier and f' ({coupling.barrier})'}")
         yield from _scaled(coupling, change.factors)
     if change.rotation is not None:
         if coupling.turns != change.rotation.width:
             raise ModelError(f"{coupling.site}: a rotation of {change.rotation.width} channels does not fit "
                              f"({coupling.barrier or f'{coupling.turns} may be rotated'})")
-        if coupling.role == "residual":
-            yield from _folded(model)
         for member in (*coupling.writers, *coupling.readers):
             held = (member.channel >= 0).nonzero()[:, 0]
             yield member.path, Turn(member.axis, int(held[0]), int(held[-1]) + 1, change.rotation)

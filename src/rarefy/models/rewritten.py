@@ -19,6 +19,8 @@ from torch import Tensor
 from rarefy.core.errors import ModelError, did_you_mean
 from rarefy.models.map import Site
 from rarefy.models.model import Model
+from rarefy.models.network import Network
+from rarefy.models.opening import fill
 from rarefy.models.shrunk import ShrunkSource
 from rarefy.models.sources import Source
 from rarefy.numerics.hadamard import Rotation
@@ -69,16 +71,29 @@ Alteration = Scale | Turn | Fill
 
 def rewritten(model: Model, changes: Iterable[tuple[str, Alteration]]) -> Model:
     """A view of ``model`` in which every named tensor is changed, in the order given."""
+    view = copy.copy(model)
+    view.source = _changed(model, changes)
+    return view
+
+
+def rewritten_network(network: Network, changes: Iterable[tuple[str, Alteration]]) -> Network:
+    """The same of any network; it runs, so it holds what was changed."""
+    source, module = _changed(network, changes), copy.deepcopy(network.module)
+    fill(module, source, network.name)
+    tokenizer = (lambda: network.tokenizer) if network.form.takes == "text" else None
+    return Network(network.name, module, source, network.form, config=network.config, tokenizer=tokenizer,
+                   files=network.files)
+
+
+def _changed(opened: Model | Network, changes: Iterable[tuple[str, Alteration]]) -> RewrittenSource:
     lists: dict[str, list[Alteration]] = defaultdict(list)
-    known = [*model.map.by_path, *(param.path for param in model.map.params)]
+    known = [*opened.map.by_path, *(param.path for param in opened.map.params)]
     for path, change in changes:
         if path not in known:
             raise ModelError(f"{path}: no such tensor{did_you_mean(path, known)}")
         lists[path].append(change)
-    view = copy.copy(model)
-    view.source = RewrittenSource(model.source, {path: tuple(each) for path, each in lists.items()},
-                                  model.map.by_path, {})
-    return view
+    return RewrittenSource(opened.source, {path: tuple(each) for path, each in lists.items()},
+                           opened.map.by_path, {})
 
 
 def untied(model: Model) -> Model:

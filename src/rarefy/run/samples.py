@@ -19,7 +19,7 @@ from rarefy.calibration.evidence import Advance, Seen
 from rarefy.calibration.examples import Examples, read_examples
 from rarefy.calibration.observe import inputs, survey
 from rarefy.calibration.text import PYTHON_DOCS
-from rarefy.core.errors import DataError, RecipeError
+from rarefy.core.errors import DataError
 from rarefy.core.nodes import Node
 from rarefy.core.nouns import Evidence, Receipt, Recipe
 from rarefy.export.networks import stored_trees
@@ -29,9 +29,9 @@ from rarefy.models.network import Network
 from rarefy.models.runner import Override
 from rarefy.run.effort import Effort
 from rarefy.run.narrow import narrowed
-from rarefy.run.planning import structures
 from rarefy.run.progress import Progress, Stage
 from rarefy.run.recipe import split
+from rarefy.run.rescale import rescaled_network
 from rarefy.run.subject import Pace, Subject
 from rarefy.run.sweep import Store, Work, rewrite
 
@@ -124,15 +124,11 @@ class Samples:
 
     def reshaped(self, recipe: Recipe, effort: Effort, data: Shown, advance: Advance
                  ) -> tuple[Subject, tuple[Receipt, ...]]:
-        whole = split(recipe.steps)[0]
-        wrong = [step for step in whole if step.technique not in structures()]
-        if wrong:
-            raise RecipeError(f"{wrong[0].technique}: works on causal language models, and "
-                              f"{self.opened.name} is none; leave the step out")
-        if not whole:
+        if not split(recipe.steps)[0]:
             return self, ()
-        done = narrowed(self.opened, recipe, data.calibration, advance)
-        return Samples(done.network), done.receipts
+        smaller = narrowed(self.opened, recipe, data.calibration, advance)
+        done = rescaled_network(smaller.network, recipe, effort, data.calibration)
+        return Samples(done.model), smaller.receipts + done.receipts
 
     def survey(self, data: Shown, effort: Effort, generator: torch.Generator, advance: Advance
                ) -> Iterator[Seen]:

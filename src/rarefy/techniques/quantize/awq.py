@@ -60,6 +60,8 @@ class AWQ:
             raise EditError(f"{group.site}: steps={self.steps} tries no alpha but 0; use 20")
         rounded = [(reader, grid) for reader in group.readers
                    if (grid := self.grid or reader.grid) is not None]
+        if group.barred:
+            return Change(note=f"left as it is: {group.barrier}")
         if not group.scales or not rounded:
             return Change()
         for reader, grid in rounded:

@@ -45,6 +45,8 @@ class SmoothQuant:
         if not 0 <= self.alpha <= 1:
             raise EditError(f"{group.site}: alpha={self.alpha} must lie between 0 and 1; 0.5 suits most "
                             "networks")
+        if group.barred:
+            return Change(note=f"left as it is: {group.barrier}")
         if not group.scales:
             return Change()
         x = group.pooled([reader.inputs.peak for reader in group.readers], "amax")
