@@ -52,6 +52,8 @@ def test_mistakes_are_named(text: str, match: str, tmp_path: Path) -> None:
     (Step("gptq", ("model.layrs.*",), {}, "Q4_0"), r"pattern 'model\.layrs\.\*' matches no weight"),
     (Step("gptq", ("role:emebd",), {}, "Q4_0"), "did you mean 'role:embed'"),
     (Step("gptq", ("*",), {}, "Q4_K"), "cannot store rows of 128 weights; choose one of"),
+    (Step("rtn", ("role:up",)), "no step says in which format llama.cpp is to store it; add `format:`"),
+    (Step("magnitude", ("role:up",), {}, "IQ4_NL"), "IQ4_NL has no code for zero.* choose one of .*Q8_0"),
 ])
 def test_what_means_nothing_is_refused_before_any_work(step: Step, match: str, tiny_gemma3: Path) -> None:
     with pytest.raises(RecipeError, match=match):

@@ -18,6 +18,7 @@ from rarefy.planner.allocate import Plan
 from rarefy.run import proof
 from rarefy.run.effort import Effort
 from rarefy.run.language import Language
+from rarefy.run.planning import build
 from rarefy.run.progress import Stage
 from rarefy.run.subject import Subject
 from rarefy.run.target import Beside, Destination, Opened
@@ -56,9 +57,15 @@ class LlamaCpp:
         chain = tuple(steps) or (Step("cast", (site.path,), {"dtype": "float16"}, PLAIN),)
         name = next((step.format for step in reversed(chain) if step.format), "")
         fitting = loadable(_model(opened), site)
+        if not name:
+            raise RecipeError(f"{site.path}: no step says in which format llama.cpp is to store it; add "
+                              f"`format:` to the last step, one of {', '.join(fitting)}")
         if name not in fitting:
             raise RecipeError(f"{site.path}: format {name!r} cannot store rows of {site.shape[1]} weights; "
                               f"choose one of {', '.join(fitting)}")
+        if any(map(_prunes, chain)) and not _stores_zeros(name):
+            raise RecipeError(f"{site.path}: {name} has no code for zero, so it cannot store what is pruned: "
+                              f"choose one of {', '.join(filter(_stores_zeros, fitting))}")
         return Option(site.path, name, site_bytes(site, name), float("nan"), chain)
 
     def shown(self, option: Option, tree: Node | None) -> Option:
@@ -107,6 +114,15 @@ class LlamaCpp:
 
     def how_to_run(self, out: Path) -> list[str]:
         return [f"llama-cli -m {self.place(out)}", f"rarefy chat {out}"]
+
+
+def _prunes(step: Step) -> bool:
+    return ".prune." in type(build(step)).__module__
+
+
+def _stores_zeros(name: str) -> bool:
+    grid = CODECS[name].grid
+    return grid is None or (grid.zero is None and 0.0 in grid.levels)
 
 
 def _model(opened: Opened) -> Model:
