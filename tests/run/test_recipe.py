@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from rarefy.core.errors import RecipeError
-from rarefy.core.nouns import Recipe, Step
+from rarefy.core.nouns import Option, Recipe, Step
 from rarefy.models.model import open_model
+from rarefy.run.effort import effort_named
+from rarefy.run.planning import affordable, chain
 from rarefy.run.recipe import matching, plan_of, read_recipe, write_recipe
 from rarefy.run.to_llamacpp import LlamaCpp
 
@@ -74,3 +76,13 @@ def test_patterns_keep_the_order_of_the_model(tiny_gemma3: Path) -> None:
     sites = open_model(tiny_gemma3).map.sites
     assert matching(sites, ["*"]) == list(sites)
     assert {s.role for s in matching(sites, ["role:q", "role:k"])} == {"q", "k"}
+
+
+def test_quick_refines_only_where_a_recipe_asks_for_it() -> None:
+    steps = (Step("gptq", ("a",), format="Q4_0"), Step("quantease", ("a",)))
+    planned = {name: affordable(Option("a", "Q4_0", 18, 0.1, steps), effort_named(name))
+               for name in ("quick", "balanced")}
+    assert [step.technique for step in planned["quick"].steps] == ["gptq"]
+    assert planned["balanced"].steps == steps
+    asked = dict(chain(steps, "Q4_0", effort_named("quick")))
+    assert asked["quantease"].sweeps == 1

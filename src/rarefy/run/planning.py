@@ -13,12 +13,16 @@ from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nouns import Option, Step
-from rarefy.core.structure import Merging, Narrowing, Shortening, Thinning
+from rarefy.core.structure import Merging, Narrowing, Shortening, Thinning, Trimming
+from rarefy.core.tune import Trainer
 from rarefy.formats.ggml import CODECS
 from rarefy.numerics.grids import Grid, integer_grid_named
 from rarefy.planner.allocate import Plan, least_bytes, least_damage
 from rarefy.run.effort import Effort
 from rarefy.run.sweep import Work
+from rarefy.techniques.depth.early_exit import EarlyExit
+
+TUNE = "tune"  # a step that trains what there is, under no technique
 
 
 def allocate(options: Mapping[str, tuple[Option, ...]], limit: int | None, fixed: int,
@@ -90,9 +94,22 @@ def build_transform(step: Step) -> Transform:
     return technique
 
 
-def build_structure(step: Step) -> Thinning | Shortening | Merging | Narrowing:
+def build_structure(step: Step) -> Thinning | Shortening | Merging | Narrowing | Trimming:
     """The technique of scope ``structure`` that a step names, with its settings."""
-    technique: Thinning | Shortening | Merging | Narrowing = _made(step, structures(), step.format)
+    technique: Thinning | Shortening | Merging | Narrowing | Trimming = _made(step, structures(), step.format)
+    return technique
+
+
+def build_exit(step: Step) -> EarlyExit:
+    """The technique of scope ``exits`` that a step names, with its settings."""
+    known = {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "exits"}
+    technique: EarlyExit = _made(step, known, "")
+    return technique
+
+
+def build_trainer(step: Step) -> Trainer:
+    """The technique of scope ``training`` that a step names, with its settings."""
+    technique: Trainer = _made(step, trainers(), step.format)
     return technique
 
 
@@ -126,10 +143,17 @@ def chain(steps: Sequence[Step], format_name: str, effort: Effort) -> tuple[tupl
     """The techniques of a chain of steps, each on the grid of its own format or of the one it leads to."""
     made = []
     for step in steps:
-        if "sweeps" in techniques()[step.technique].__dataclass_fields__:
-            step = replace(step, settings={"sweeps": effort.sweeps, **step.settings})
+        if step.technique == "quantease":
+            step = replace(step, settings={"sweeps": max(1, effort.sweeps), **step.settings})
         made.append((step.technique, build(step, step.format or format_name)))
     return tuple(made)
+
+
+def affordable(option: Option, effort: Effort) -> Option:
+    """The option without the refinement for which the effort has no time."""
+    if effort.sweeps:
+        return option
+    return replace(option, steps=tuple(step for step in option.steps if step.technique != "quantease"))
 
 
 def work_of(plan: Plan, effort: Effort) -> dict[str, Work]:

@@ -24,7 +24,7 @@ from rarefy.planner.options import options_at
 from rarefy.planner.sparsity import Spread, Statistics, statistics
 from rarefy.planner.swaps import Swap, measure_swaps, probe_damage
 from rarefy.run.effort import Effort
-from rarefy.run.planning import plannable
+from rarefy.run.planning import affordable, plannable
 from rarefy.run.progress import Progress
 from rarefy.run.subject import Subject
 from rarefy.run.target import Destination
@@ -67,9 +67,9 @@ def take_survey(subject: Subject, destination: Destination, data: Any, effort: E
         for at in subject.survey(data, effort, generator, stage.advance):
             path, weight, evidence = at.site.path, opened.weight(at.site.path), at.evidence
             if steps is None:
-                found.options[path] = options_at(path, weight, evidence, destination.choices(opened, at.site),
-                                                 techniques, generator, at.site.kernel,
-                                                 partial(destination.held, opened, at.site))
+                offered = options_at(path, weight, evidence, destination.choices(opened, at.site), techniques,
+                                     generator, at.site.kernel, partial(destination.held, opened, at.site))
+                found.options[path] = tuple(affordable(option, effort) for option in offered)
                 if effort.swaps:
                     found.probes[path] = probe_damage(weight, evidence)
             if shared:
