@@ -167,13 +167,15 @@ class Step:
 
     technique: file stem of the technique. where: globs over site paths, or ``role:NAME``; a pattern that
     matches nothing is an error. settings: fields of the technique's config. format: the target's storage
-    format whose grid the technique works on (needed by quantizers that are not given a grid).
+    format whose grid the technique works on (needed by quantizers that are not given a grid). training: how
+    a step that trains does so (``run.course`` reads it).
     """
 
     technique: str
     where: tuple[str, ...] = ("*",)
     settings: dict[str, Any] = field(default_factory=dict)
     format: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

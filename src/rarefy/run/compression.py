@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 import rarefy
 from rarefy.core.errors import BudgetError
 from rarefy.core.nodes import Node
-from rarefy.core.nouns import Budget, Receipt, Recipe
+from rarefy.core.nouns import Budget, Recipe, Step
 from rarefy.measure.resources import Clock, bytes_on_disk, fingerprint, fingerprints, peak_rss
 from rarefy.planner.allocate import Plan, asked
 from rarefy.report.verdict import distance
+from rarefy.run.course import Course, State, check
 from rarefy.run.effort import Effort
 from rarefy.run.journal import Journal, Sites
 from rarefy.run.planning import allocate, work_of
 from rarefy.run.progress import Progress
-from rarefy.run.recipe import plan_of, recipe_of
+from rarefy.run.recipe import Run, parts, plan_of, recipe_of
 from rarefy.run.subject import Subject
 from rarefy.run.survey import Survey, take_survey
 from rarefy.run.target import Beside, Destination, Opened
@@ -41,25 +43,29 @@ class Compression:
         self.job, self.subject, self.destination, self.effort = job, subject, destination, effort
         self.journal, self.progress, self.clock = journal, progress, clock
         self.exported = destination.place(journal.partial)
-        self.view = subject  # what a recipe's steps for the whole model make of it
-        self.reshapings: tuple[Receipt, ...] = ()
+        self.state = State(subject)  # what a recipe has made of it before its last run of leaves
+        self.done = self.state  # and behind it
+        self.last: tuple[Step, ...] = ()
+        self.behind: tuple[Run, ...] = ()  # trainings after these leaves
         self.chosen: Plan = {}
 
     def run(self, heard: list[str]) -> dict[str, Any]:
         """Everything up to the receipt."""
         job = self.job
+        if job.recipe is not None:
+            check(job.recipe)
         with self.clock.stage("data"):
             data = self.subject.gather(job.data, job.eval_data, self.effort, job.seed, self.progress,
                                        self.journal.work / "data.safetensors")
             self.destination = self.destination.given(self.subject, data)
         if job.recipe is not None:
-            with self.progress.stage("reshape") as stage, self.clock.stage("reshape"):
-                self.view, self.reshapings = self.subject.reshaped(job.recipe, self.effort, data,
-                                                                   stage.advance)
+            before, self.last, self.behind = parts(job.recipe.steps)
+            with self.clock.stage("before"):
+                self.state = self._course(data).through(before, self.state)
         with self.clock.stage("survey"):
-            found = take_survey(self.view, self.destination, data, self.effort, job.seed,
+            found = take_survey(self.state.view, self.destination, data, self.effort, job.seed,
                                 self.journal.work / "survey", self.progress,
-                                None if job.recipe is None else job.recipe.steps)
+                                None if job.recipe is None else self.last)
         sites, measured = self._search(data, found)
         target, path = self.destination, self.exported
         with self.progress.stage(target.target.name) as stage, self.clock.stage("runtime"):
@@ -68,15 +74,35 @@ class Compression:
             beside = target.beside(self.subject, path, data, self.journal.work, self.effort, stage)
         return self._receipt(data, found, sites, measured, beside, heard)
 
+    def _course(self, data: Any) -> Course:
+        assert self.job.recipe is not None
+        return Course(self.subject, self.job.recipe, self.effort, data, self.journal.work, self.progress,
+                      partial(self._leaves, data))
+
+    def _leaves(self, data: Any, state: State, steps: tuple[Step, ...], number: int) -> State:
+        """A run of leaves that is not the last one."""
+        folder = self.journal.work / f"leaves{number}"
+        found = take_survey(state.view, self.destination, data, self.effort, self.job.seed, folder / "survey",
+                            self.progress, steps)
+        sites = self._swept(state, self._asked(state, steps, found), data, found, folder / "sites")
+        receipts = tuple(receipt for path in sites for receipt in sites[path][1])
+        return replace(state, trees=Trees(sites, state.trees), receipts=state.receipts + receipts)
+
+    def _asked(self, state: State, steps: tuple[Step, ...], found: Survey) -> Plan:
+        """What some steps of the recipe ask of every site."""
+        assert self.job.recipe is not None
+        return plan_of(state.view.opened, replace(self.job.recipe, steps=steps), self.destination,
+                       found.statistics or None)
+
     def _search(self, data: Any, found: Survey) -> tuple[Sites, dict[str, Any]]:
         """Plan, compress and measure; again, with what the measurement taught, when a bound is missed."""
-        job, opened = self.job, self.view.opened
+        job, opened = self.job, self.state.view.opened
         limit, bound = limit_of(self.destination, opened, job), job.max_kl
         reserved = self.destination.fixed_bytes(opened)
         options = found.calibrated(opened.map.sites)
         for attempt in range(TRIES):
             if job.recipe is not None:
-                self.chosen = plan_of(opened, job.recipe, self.destination, found.statistics or None)
+                self.chosen = self._asked(self.state, job.recipe.steps, found)
             else:
                 self.chosen = allocate(options, limit, reserved, bound)
             sites = self._compress(data, found, attempt)
@@ -95,23 +121,36 @@ class Compression:
         return sites, measured
 
     def _compress(self, data: Any, found: Survey, attempt: int) -> Sites:
-        outer = frozenset(site.path for site in self.view.opened.map.sites if site.block is None)
-        sites = Sites(self.journal.work / f"sites{attempt}", outer)
-        sites.verify()
-        with self.progress.stage("compress") as stage, self.clock.stage("compress"):
-            self.view.sweep(work_of(self.chosen, self.effort), data, found.seen, found.fishers, sites,
-                            self.job.seed, self.effort, stage.advance)
+        recipe = self.job.recipe
+        plan = self.chosen if recipe is None else self._asked(self.state, self.last, found)
+        sites = self._swept(self.state, plan, data, found, self.journal.work / f"sites{attempt}")
+        self.done = replace(self.state, trees=Trees(sites, self.state.trees))
+        if recipe is not None and self.behind:
+            with self.clock.stage("behind"):
+                self.done = self._course(data).through(self.behind, self.done, len(recipe.steps))
         with self.progress.stage("export"), self.clock.stage("export"):
-            self.destination.export(self.view.opened, Trees(sites), self.chosen, self.exported)
+            self.destination.export(self.done.view.opened, self.done.trees, self.chosen, self.exported)
+        return sites
+
+    def _swept(self, state: State, plan: Plan, data: Any, found: Survey, folder: Path) -> Sites:
+        """Every site of a plan rewritten, from the tree that it has become so far."""
+        outer = frozenset(site.path for site in state.view.opened.map.sites if site.block is None)
+        sites = Sites(folder, outer)
+        sites.verify()
+        work = {path: replace(each, start=state.trees.get(path))
+                for path, each in work_of(plan, self.effort).items()}
+        with self.progress.stage("compress") as stage, self.clock.stage("compress"):
+            state.view.sweep(work, data, found.seen, found.fishers, sites, self.job.seed, self.effort,
+                             stage.advance)
         return sites
 
     def _receipt(self, data: Any, found: Survey, sites: Sites, measured: dict[str, Any], beside: Beside,
                  heard: list[str]) -> dict[str, Any]:
         job, opened = self.job, self.subject.opened
         size, kl = bytes_on_disk(self.exported), distance(measured["float"])
-        limit = limit_of(self.destination, self.view.opened, job)
-        done = {site.path: sites[site.path] for site in self.view.opened.map.sites if site.path in sites}
-        shown = {path: self.destination.shown(option, done[path][0] if path in done else None)
+        view, trees = self.done.view.opened, self.done.trees
+        limit = limit_of(self.destination, view, job)
+        shown = {path: self.destination.shown(option, trees.get(path))
                  for path, option in self.chosen.items()}
         resident = (beside.speed.get("memory_compressed") or {}).get("resident")
         return {
@@ -122,9 +161,10 @@ class Compression:
             "model": about(self.subject, self.destination),
             "budget": {"to": job.to, "max_kl": job.max_kl, "limit_bytes": limit},
             "target": self.destination.target.name, "effort": job.effort, "data": data.sources,
-            "plan": plan_rows(self.view.opened, shown),
-            "axes": [asdict(r) for r in self.reshapings],
-            "sites": [asdict(r) for _, receipts in done.values() for r in receipts],
+            "plan": plan_rows(view, shown),
+            "axes": [asdict(r) for r in self.done.receipts], "training": list(self.done.curves),
+            "sites": [asdict(r) for site in view.map.sites if site.path in sites
+                      for r in sites[site.path][1]],
             "swaps": [asdict(swap) | {"factor": swap.factor} for swap in found.swaps],
             "predicted_kl": damage(self.chosen), "measured": measured, "speed": beside.speed,
             "lowered": beside.lowered,
@@ -152,7 +192,7 @@ class Compression:
         if self.job.max_kl is None or kl <= self.job.max_kl:
             return ""
         wanted = damage(self.chosen) * self.job.max_kl / kl * 0.95
-        opened = self.view.opened
+        opened = self.state.view.opened
         try:
             plan = allocate(found.calibrated(opened.map.sites), None, 0, wanted)
             enough = predicted_bytes(self.destination, opened, plan)
@@ -163,22 +203,23 @@ class Compression:
 
 
 class Trees(Mapping[str, Node]):
-    """The trees of finished sites, read one at a time."""
+    """The trees of finished sites, read one at a time; of others what they were before."""
 
-    def __init__(self, sites: Sites) -> None:
-        self.sites = sites
+    def __init__(self, sites: Sites, before: Mapping[str, Node]) -> None:
+        self.sites, self.before = sites, before
 
     def __getitem__(self, path: str) -> Node:
-        return self.sites[path][0]
+        return self.sites[path][0] if path in self.sites else self.before[path]
 
     def __contains__(self, path: object) -> bool:
-        return path in self.sites
+        return path in self.sites or path in self.before
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
+        yield from self.sites
+        yield from (path for path in self.before if path not in self.sites)
 
     def __len__(self) -> int:
-        return len(self.sites)
+        return sum(1 for _ in self)
 
 
 def limit_of(destination: Destination, opened: Opened, job: Job) -> int | None:

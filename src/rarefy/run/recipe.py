@@ -12,6 +12,11 @@
 Steps run in their order at every weight that a pattern matches. A weight that no step stores in a format
 is stored as F16. Unknown keys, techniques, settings and formats are errors, and so is a pattern that
 matches nothing. Steps that change coupled axes of the whole model (awq, smoothquant, rotate) come first.
+
+A step can also train what there is (``tune``), or prune or round while it trains (gradual, qat, ...):
+
+      - technique: tune
+        training: {moves: [everything], epochs: 2, rate: 1.0e-4, objectives: [soft_labels]}
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -32,12 +38,25 @@ from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.planner.allocate import Plan
 from rarefy.planner.sparsity import Statistics, resolved
-from rarefy.run.planning import build, build_structure, build_transform, structures, techniques, transforms
+from rarefy.run.planning import (
+    TUNE,
+    build,
+    build_structure,
+    build_trainer,
+    build_transform,
+    structures,
+    techniques,
+    trainers,
+    transforms,
+)
 
 if TYPE_CHECKING:
     from rarefy.run.target import Destination
 
 ALLOCATE = "allocate"
+
+Kind = Literal["whole", "training", "leaves"]
+Run = tuple[Kind, tuple[Step, ...]]
 
 
 class _StepFile(BaseModel):
@@ -46,6 +65,7 @@ class _StepFile(BaseModel):
     where: tuple[str, ...] = ("*",)
     settings: dict[str, Any] = Field(default_factory=dict)
     format: str = ""
+    training: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("where", mode="before")
     @classmethod
@@ -136,6 +156,36 @@ def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     return tuple(steps[:count]), tuple(steps[count:])
 
 
+def runs(steps: Sequence[Step]) -> tuple[Run, ...]:
+    """Steps in runs of one kind: for the whole model, training (every one for itself), for leaves.
+
+    RecipeError: an order that cannot be.
+    """
+    found: list[Run] = []
+    rewritten = ""
+    for kind, each in groupby(steps, _kind):
+        run = tuple(each)
+        if kind == "whole" and rewritten:
+            split((Step(rewritten), *run))
+        found += [(kind, (step,)) for step in run] if kind == "training" else [(kind, run)]
+        names = [step.technique for step in run if kind != "whole" and step.technique != TUNE]
+        rewritten = next(iter(names), rewritten)
+    return tuple(found)
+
+
+def parts(steps: Sequence[Step]) -> tuple[tuple[Run, ...], tuple[Step, ...], tuple[Run, ...]]:
+    """What comes before the last run of leaves, that run (maybe none), and the trainings behind it."""
+    found = runs(steps)
+    last = max((place for place, (kind, _) in enumerate(found) if kind == "leaves"), default=len(found))
+    return found[:last], found[last][1] if last < len(found) else (), found[last + 1:]
+
+
+def _kind(step: Step) -> Kind:
+    if step.technique == TUNE or step.technique in trainers():
+        return "training"
+    return "whole" if step.technique in structures() or step.technique in transforms() else "leaves"
+
+
 def chains(sites: Sequence[Site], recipe: Recipe, statistics: Mapping[str, Statistics] | None = None
            ) -> dict[str, tuple[Step, ...]]:
     """The steps that a recipe asks for at every site, in their order; steps for the whole model aside.
@@ -144,11 +194,13 @@ def chains(sites: Sequence[Site], recipe: Recipe, statistics: Mapping[str, Stati
     (None: not looked at yet, every site gets the same).
     """
     found: dict[str, list[Step]] = {site.path: [] for site in sites}
-    whole, rest = split(recipe.steps)
-    for step in whole:
-        (build_structure if step.technique in structures() else build_transform)(step)
+    rest = [step for kind, run in runs(recipe.steps) for step in checked(kind, run)]
     blocks = {site.path: site.block for site in sites if site.block is not None}
     for step in rest:
+        if step.technique in trainers():
+            for site in matching(sites, step.where):
+                found[site.path].append(replace(step, where=(site.path,)))
+            continue
         plain = replace(step, settings={name: value for name, value in step.settings.items()
                                         if name != ALLOCATE or not _shares(step)})
         build(plain, plain.format)  # unknown techniques and settings are refused before any work
@@ -160,6 +212,22 @@ def chains(sites: Sequence[Site], recipe: Recipe, statistics: Mapping[str, Stati
         for path, own in shared.items():
             found[path].append(own)
     return {path: tuple(steps) for path, steps in found.items()}
+
+
+def checked(kind: Kind, run: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps of a run that rewrite leaves, at once or in training; others only build their technique."""
+    match kind:
+        case "leaves":
+            return run
+        case "training":
+            made = tuple(step for step in run if step.technique != TUNE)
+            for step in made:
+                build_trainer(step)
+            return made
+        case "whole":
+            for step in split(run)[0]:
+                (build_structure if step.technique in structures() else build_transform)(step)
+            return ()
 
 
 def _shares(step: Step) -> bool:

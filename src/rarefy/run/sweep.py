@@ -34,10 +34,12 @@ Store = MutableMapping[str, tuple[Node, tuple[Receipt, ...]]]
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What is to be done at one site: techniques in order, and the name of the format they lead to."""
+    """What is to be done at one site: techniques in order, the name of the format they lead to, and the tree
+    that they begin with (None: the plain weight)."""
 
     chain: tuple[tuple[str, Technique], ...]
     format: str = ""
+    start: Node | None = None
 
 
 def sweep(model: Model, work: Mapping[str, Work], tokens: Tensor, outside: Mapping[str, Evidence],
@@ -87,11 +89,11 @@ def groups(sites: list[Site], sequential: bool) -> list[list[Site]]:
 
 def rewrite(model: Model | Network, site: Site, work: Work, evidence: Evidence | None, seed: int,
             fisher: Tensor | None = None) -> tuple[Node, tuple[Receipt, ...]]:
-    """Apply the chain of one site to its original weight. fisher: what the evidence lacks of one."""
+    """Apply the chain of one site to its weight. fisher: what the evidence lacks of one."""
     if evidence is not None and evidence.fisher is None:
         evidence = replace(evidence, fisher=fisher)
     original = model.weight(site.path)
-    tree: Node = Dense(original)
+    tree: Node = Dense(original) if work.start is None else work.start
     receipts = []
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(site.path.encode()))
     for name, technique in work.chain:

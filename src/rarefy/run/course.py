@@ -1,0 +1,211 @@
+"""The course of a recipe: its steps in runs of one kind, and the network as each run leaves it.
+
+    whole      steps that change the model's shape or its axes: a smaller model, or a view of it
+    training   one step that trains what there is; the teacher is always the model that the job began with
+    leaves     steps that rewrite weights, one weight at a time
+
+Training leaves a tree at every weight that is more than plain numbers (a mask, codes, an adapter), from which
+later steps go on, and a view of the network that computes with what it found. The last run of leaves is the
+job's own business (``compression``); everything before it and behind it is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.calibration.samples import materialize
+from rarefy.core.errors import RecipeError, did_you_mean
+from rarefy.core.nodes import Dense, Node
+from rarefy.core.nouns import Receipt, Recipe, Step
+from rarefy.models.model import Model
+from rarefy.models.network import Network
+from rarefy.models.sources import ModuleSource
+from rarefy.run.effort import Effort
+from rarefy.run.language import Language
+from rarefy.run.lessons import Lesson, Term, explained, losses, material
+from rarefy.run.planning import TUNE, build_trainer
+from rarefy.run.progress import Progress
+from rarefy.run.recipe import Run, runs
+from rarefy.run.samples import Samples
+from rarefy.run.subject import Subject
+from rarefy.training.activations import Rounding
+from rarefy.training.loop import Settings
+from rarefy.training.tune import Tuned, Tuning, tune
+
+Leaves = Callable[["State", tuple[Step, ...], int], "State"]
+BESIDE = ("norms", "biases")  # what moves beside the weights of a technique that trains
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The network on its way.
+
+    view: as it computes now. trees: of weights that are more than plain numbers. receipts: of what was done
+    to parts of the whole. curves: of every training, plain data.
+    """
+
+    view: Subject
+    trees: Mapping[str, Node] = field(default_factory=dict)
+    receipts: tuple[Receipt, ...] = ()
+    curves: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """Does a recipe's runs.
+
+    original: the teacher. data: the job's samples; what they judge is not trained on. folder: of checkpoints.
+    leaves: how weights are rewritten.
+    """
+
+    original: Subject
+    recipe: Recipe
+    effort: Effort
+    data: Any
+    folder: Path
+    progress: Progress
+    leaves: Leaves
+
+    def through(self, found: Sequence[Run], state: State, first: int = 0) -> State:
+        """``state`` after some runs; ``first``: the number of the first, which names its files."""
+        for number, (kind, steps) in enumerate(found, first):
+            match kind:
+                case "whole":
+                    state = self._reshaped(state, steps)
+                case "training":
+                    state = self._trained(state, steps[0], number)
+                case "leaves":
+                    state = self.leaves(state, steps, number)
+        return state
+
+    def _reshaped(self, state: State, steps: tuple[Step, ...]) -> State:
+        with self.progress.stage("reshape") as stage:
+            view, receipts = state.view.reshaped(replace(self.recipe, steps=steps), self.effort, self.data,
+                                                 stage.advance)
+        return replace(state, view=view, receipts=state.receipts + receipts)
+
+    def _trained(self, state: State, step: Step, number: int) -> State:
+        """``state`` after one training."""
+        started, opened, work = time.perf_counter(), state.view.opened, self.folder / f"training{number}"
+        lesson, tuning = lesson_of(step, self.recipe), tuning_of(step)
+        with self.progress.stage("training data"):
+            avoid = self.data.evaluation
+            found = material(lesson, opened, distils=True, avoid=avoid)
+        teacher = self.original.opened
+        examples, held, objective = explained(opened, teacher, losses(lesson, opened, found), found, work,
+                                              self.progress)
+        with self.progress.stage("train") as stage:
+            tuned = tune(opened, state.trees, tuning, objective, examples, lesson.settings, held=held,
+                         folder=work, advance=stage.advance)
+        trees = {path: tree for path, tree in tuned.trees.items() if not isinstance(tree, Dense)}
+        receipts = _receipts(opened, step, state.trees, trees, tuned, time.perf_counter() - started)
+        curve = {"technique": step.technique, "examples": len(found.train), "held": len(found.held),
+                 **tuned.curve.as_dict()}
+        return State(computing(opened, tuned), {**state.trees, **trees}, state.receipts + receipts,
+                     (*state.curves, curve))
+
+
+def computing(opened: Model | Network, tuned: Tuned) -> Subject:
+    """``opened`` with everything that training changed, decoded."""
+    module = materialize(opened, torch.float32) if isinstance(opened, Model) else copy.deepcopy(opened.module)
+    sites = opened.map.by_path
+    state: dict[str, Tensor] = {path: sites[path].stored(tree.dense()) for path, tree in tuned.trees.items()}
+    module.load_state_dict({**state, **tuned.params}, strict=False)
+    module.eval().requires_grad_(False)
+    if isinstance(opened, Model):
+        return Language(Model.from_module(module, opened.tokenizer, opened.name))
+    tokenizer = (lambda: opened.tokenizer) if opened.form.takes == "text" else None
+    return Samples(Network(opened.name, module, ModuleSource(module), opened.form, config=opened.config,
+                           tokenizer=tokenizer, files=opened.files))
+
+
+def _receipts(opened: Model | Network, step: Step, before: Mapping[str, Node], after: Mapping[str, Node],
+              tuned: Tuned, seconds: float) -> tuple[Receipt, ...]:
+    """One of the whole training; one of every weight that became something else, or of which there is a
+    note."""
+    changed = [path for path in after
+               if path in tuned.notes or type(after[path]) is not type(before.get(path))]
+    curve = tuned.curve
+    judged = "" if curve.best != curve.best else f", best {curve.best:.4g} at step {curve.best_step}"
+    bits = opened.parameters * 32
+    whole = Receipt(opened.name, step.technique, bits, bits, float("nan"), seconds,
+                    note=f"{len(curve.points)} steps, {curve.stopped}{judged}")
+    plain = {path: opened.map.by_path[path].shape for path in changed}
+    return (whole, *(Receipt(path, step.technique, plain[path][0] * plain[path][1] * 32, after[path].bits(),
+                             float("nan"), 0.0, note=tuned.notes.get(path, "")) for path in changed))
+
+
+# ---- what a step says ----------------------------------------------------------------------------------
+
+OWN = ("moves", "whole", "objectives", "data", "held", "activations", "dropout")  # beside the loop's settings
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what steps of training say wrong, before any work is done."""
+    for kind, steps in runs(recipe.steps):
+        for step in steps:
+            if kind == "training":
+                lesson_of(step, recipe)
+                tuning_of(step)
+            elif step.training:
+                raise RecipeError(f"{step.technique}: does not train; leave `training` out, or add a step of "
+                                  f"{TUNE} behind it")
+
+
+def lesson_of(step: Step, recipe: Recipe) -> Lesson:
+    """What a step of training learns from; its data are the recipe's unless it names others."""
+    said = _checked(step)
+    settings = {name: value for name, value in said.items() if name not in OWN}
+    terms = tuple(_term(step, each) for each in said.get("objectives", ()))
+    return Lesson(_several(said.get("data", recipe.data)), _several(said.get("held", ())), terms,
+                  Settings(**{"seed": recipe.seed, **settings}))
+
+
+def tuning_of(step: Step) -> Tuning:
+    """What moves under a step of training: everything, or what its technique edits, norms and biases."""
+    said = _checked(step)
+    technique = None if step.technique == TUNE else build_trainer(step)
+    moves = _several(said.get("moves", ("everything",) if technique is None else BESIDE))
+    rounding = said.get("activations")
+    if rounding is not None:
+        known = [each.name for each in fields(Rounding)]
+        wrong = [name for name in rounding if name not in known]
+        if wrong:
+            raise RecipeError(f"{step.technique}: activations have no setting {wrong[0]!r}"
+                              f"{did_you_mean(wrong[0], known)}")
+        named: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                                 for name, value in rounding.items()}
+        rounding = Rounding(**named)
+    return Tuning(frozenset(moves), technique, step.where, _several(said.get("whole", ())),
+                  dropout=bool(said.get("dropout", False)), activations=rounding)
+
+
+def _checked(step: Step) -> dict[str, Any]:
+    known = [*OWN, *(each.name for each in fields(Settings))]
+    wrong = [name for name in step.training if name not in known]
+    if wrong:
+        raise RecipeError(f"{step.technique}: training has no setting {wrong[0]!r}"
+                          f"{did_you_mean(wrong[0], known)}")
+    return step.training
+
+
+def _term(step: Step, said: Any) -> Term:
+    known = [each.name for each in fields(Term)]
+    if isinstance(said, str):
+        return Term(said)
+    if not isinstance(said, dict) or "technique" not in said or set(said) - set(known):
+        raise RecipeError(f"{step.technique}: objective {said!r}: write a name, or technique, weight and "
+                          "settings")
+    return Term(**said)
+
+
+def _several(said: Any) -> tuple[str, ...]:
+    return (said,) if isinstance(said, str) else tuple(said)

@@ -1,0 +1,186 @@
+"""Recipes that train: before weights are rewritten, between, behind; what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rarefy.core.errors import RecipeError
+from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
+from rarefy.core.nouns import Recipe, Step
+from rarefy.export.networks import opened, stored_trees
+from rarefy.run.course import lesson_of, tuning_of
+from rarefy.run.job import Job, Result, compress
+from rarefy.run.lessons import Term
+from rarefy.run.recipe import parts, read_recipe, runs, write_recipe
+from rarefy.techniques.prune.gradual import Gradual
+from rarefy.training.activations import Rounding
+
+FEW: dict[str, Any] = {"steps": 6, "batch": 8, "rate": 1e-3, "precision": "float32"}
+
+
+def done(model: Path, out: Path, *steps: Step, **more: Any) -> Result:
+    data = {"data": (str(model / "train.tsv"),), "eval_data": (str(model / "dev.tsv"),)}
+    recipe = Recipe(str(model), steps, "torch", "quick", **{**data, **more})
+    return compress(Job(str(model), out, target="torch", effort="quick", data=recipe.data,
+                        eval_data=recipe.eval_data, recipe=recipe))
+
+
+def trees_in(result: Result, model: Path) -> dict[str, Node]:
+    return stored_trees(opened(result.exported))
+
+
+def test_a_student_with_a_narrow_embedding_is_taught_and_rounded(tiny_encoder: Path, tmp_path: Path) -> None:
+    result = done(
+        tiny_encoder, tmp_path / "out",
+        Step("drop", settings={"count": 1, "keep_first": 0, "keep_last": 0}),
+        Step("svd", ("role:embed",), {"rank": 8}),
+        Step("tune", training={**FEW, "objectives": ["soft_labels", "hard_labels"]}),
+        Step("rtn", format="int8"))
+    found = trees_in(result, tiny_encoder)
+    embed = next(tree for path, tree in found.items() if "word_embeddings" in path)
+    assert isinstance(embed, Product) and all(isinstance(part, Quantized) for part in embed.children())
+    assert sum(isinstance(tree, Quantized) for tree in found.values()) > 5
+    training, = result.receipt["training"]
+    assert training["technique"] == "tune" and len(training["points"]) == 6
+    assert result.receipt["measured"]["float"]["task"]["accuracy"] > 0.5
+    assert any(each["technique"] == "tune" and "6 steps" in each["note"] for each in result.receipt["axes"])
+
+
+def test_masks_that_grew_stay_under_codes(tiny_encoder: Path, tmp_path: Path) -> None:
+    where = ("role:up", "role:down")
+    result = done(tiny_encoder, tmp_path / "out",
+                  Step("gradual", where, {"sparsity": 0.5, "every": 1}, training=FEW),
+                  Step("rtn", where, format="int8"))
+    found = trees_in(result, tiny_encoder)
+    masked = {path: tree for path, tree in found.items() if isinstance(tree, Masked)}
+    assert masked and all(isinstance(tree.inner, Quantized) for tree in masked.values())
+    for tree in masked.values():
+        assert float(tree.keep.float().mean()) == pytest.approx(0.5, abs=0.02)
+        assert not bool(tree.dense()[~tree.keep].any())
+
+
+def test_training_behind_the_last_leaves(tiny_encoder: Path, tmp_path: Path) -> None:
+    result = done(tiny_encoder, tmp_path / "out",
+                  Step("rtn", ("role:up",), format="int4-g32"),
+                  Step("tune", training={**FEW, "moves": ["scales", "norms"]}),
+                  Step("lora", ("role:up",), {"rank": 2}, training=FEW))
+    up = [tree for path, tree in trees_in(result, tiny_encoder).items() if "intermediate" in path]
+    assert up and all(isinstance(tree, Sum) and isinstance(tree.terms[0], Quantized)
+                      and isinstance(tree.terms[1], Product) for tree in up)
+    assert [each["technique"] for each in result.receipt["training"]] == ["tune", "lora"]
+
+
+def test_a_language_model(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny_llama), (
+        Step("rtn", ("role:up", "role:down"), format="int3-g32"),
+        Step("tune", training={**FEW, "moves": ["scales", "norms"], "steps": 4})), "torch", "quick",
+        ("self",))
+    result = compress(Job(str(tiny_llama), tmp_path / "out", target="torch", effort="quick", data=("self",),
+                          recipe=recipe))
+    training, = result.receipt["training"]
+    assert training["best"] < training["points"][0]["loss"]
+    assert sum(isinstance(tree, Quantized) for tree in stored_trees(opened(result.exported)).values()) > 2
+
+
+def test_a_job_that_was_killed_trains_no_step_twice(tiny_encoder: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = (Step("tune", training={**FEW, "save_every": 2}), Step("rtn", format="int8"))
+    whole = done(tiny_encoder, tmp_path / "whole", *steps)
+
+    def broken(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rarefy.run.to_torch.Torch.export", broken)
+        with pytest.raises(KeyboardInterrupt):
+            done(tiny_encoder, tmp_path / "out", *steps)
+    with monkeypatch.context() as patched:
+        patched.setattr("rarefy.training.loop._Run._gradient", broken)  # no step is left to do
+        again = done(tiny_encoder, tmp_path / "out", *steps)
+    first, second = trees_in(whole, tiny_encoder), trees_in(again, tiny_encoder)
+    assert all(torch.equal(first[path].dense(), second[path].dense()) for path in first)
+
+
+def test_what_is_judged_is_not_trained_on(tiny_encoder: Path, tmp_path: Path) -> None:
+    lines = (tiny_encoder / "train.tsv").read_text().splitlines()
+    table = tmp_path / "both.tsv"
+    table.write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    result = done(tiny_encoder, tmp_path / "out", Step("tune", training=FEW), data=(str(table),),
+                  eval_data=())
+    training, = result.receipt["training"]
+    judged = result.receipt["measured"]["float"]["samples"]
+    distinct = len({line.split("\t")[0] for line in lines[1:]})
+    assert judged and training["examples"] + training["held"] <= distinct - judged
+
+
+# ---- orders and words ----------------------------------------------------------------------------------
+
+
+def test_runs_and_parts() -> None:
+    steps = (Step("drop"), Step("tune"), Step("units"), Step("svd"), Step("tune"), Step("rtn"), Step("gptq"),
+             Step("lora"), Step("tune"))
+    assert [(kind, len(run)) for kind, run in runs(steps)] == [
+        ("whole", 1), ("training", 1), ("whole", 1), ("leaves", 1), ("training", 1), ("leaves", 2),
+        ("training", 1), ("training", 1)]
+    before, last, behind = parts(steps)
+    assert len(before) == 5 and last == steps[5:7] and [run for _, run in behind] == [steps[7:8], steps[8:]]
+    assert parts(steps[:2]) == ((("whole", steps[:1]), ("training", steps[1:2])), (), ())
+    for wrong in ((Step("rtn"), Step("drop")), (Step("gradual"), Step("units"))):
+        with pytest.raises(RecipeError, match="move it up"):
+            runs(wrong)
+
+
+def test_yaml_and_back(tmp_path: Path) -> None:
+    place = tmp_path / "recipe.yaml"
+    place.write_text("""
+model: x
+steps:
+- technique: gradual
+  where: role:up
+  settings: {sparsity: 0.9}
+  training:
+    epochs: 2
+    moves: [norms]
+    held: dev.tsv
+    activations: {bits: 4}
+    objectives: [hard_labels, {technique: soft_labels, weight: 0.5}]
+data: [train.tsv]
+seed: 4
+""")
+    recipe = read_recipe(place)
+    place.write_text(write_recipe(recipe))
+    assert read_recipe(place) == recipe
+    lesson, tuning = lesson_of(recipe.steps[0], recipe), tuning_of(recipe.steps[0])
+    assert lesson.data == ("train.tsv",) and lesson.held == ("dev.tsv",)
+    assert lesson.objectives == (Term("hard_labels"), Term("soft_labels", 0.5))
+    assert (lesson.settings.epochs, lesson.settings.seed) == (2, 4)
+    assert tuning.technique == Gradual(0.9) and tuning.moves == {"norms"}
+    assert tuning.activations == Rounding(4) and tuning.where == ("role:up",)
+
+
+@pytest.mark.parametrize(("step", "match"), [
+    (Step("tune", training={"epoch": 1}), "no setting 'epoch'; did you mean 'epochs'"),
+    (Step("tune", training={"moves": ["scale"]}), "did you mean 'scales'"),
+    (Step("tune", training={"activations": {"bit": 4}}), "did you mean 'bits'"),
+    (Step("tune", training={"objectives": [{"weight": 1}]}), "write a name"),
+    (Step("tune", training={"rate": 0}), "rate=0 must be positive"),
+    (Step("gradual", settings={"sparsty": 0.5}), "did you mean 'sparsity'"),
+    (Step("rtn", training={"epochs": 1}), "rtn: does not train"),
+])
+def test_mistakes_are_named_before_any_work(step: Step, match: str, tiny_encoder: Path, tmp_path: Path
+                                            ) -> None:
+    with pytest.raises(RecipeError, match=match):
+        done(tiny_encoder, tmp_path / "out", step)
+    assert not (tmp_path / "out.partial" / "receipt.json").exists()
+
+
+def test_the_receipt_is_plain(tiny_encoder: Path, tmp_path: Path) -> None:
+    result = done(tiny_encoder, tmp_path / "out", Step("tune", training={**FEW, "steps": 2}))
+    held = json.loads((result.out / "receipt.json").read_text())
+    assert [point["step"] for point in held["training"][0]["points"]] == [1, 2]
+    assert all(isinstance(tree, Dense) for tree in trees_in(result, tiny_encoder).values())
