@@ -28,6 +28,7 @@ from rarefy.run.job import Job, compress, evaluate, plan, run_recipe
 from rarefy.run.progress import Silent
 from rarefy.run.samples import _stages, joined
 from rarefy.run.to_torch import outline
+from rarefy.runtimes.torch import LOOKED_UP
 from tiny_networks import Digits, TinyCNN
 
 
@@ -198,6 +199,21 @@ def test_sparsity_is_shared_out(how: str, tiny_cnn: Digits, tmp_path: Path) -> N
     total = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     assert total == pytest.approx(0.5, abs=0.02)
     assert max(shares) - min(shares) > 0.01
+
+
+@pytest.mark.parametrize("technique", ["svd", "fwsvd"])
+def test_an_embedding_becomes_a_narrow_table(technique: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    """The file holds two factors, and what it is loaded as looks rows up without the table."""
+    steps = (Step(technique, ("role:embed",), {"rank": 24}),)
+    job = encoder_job(tiny_encoder, tmp_path / "out", to=None, recipe=Recipe(str(tiny_encoder), steps,
+                                                                             effort="quick"))
+    receipt = compress(job, Silent()).receipt
+    row = next(row for row in receipt["plan"] if row["role"] == "embed")
+    rows, columns = row["shape"]
+    assert row["format"] == "low rank" and row["bytes"] == 4 * 24 * (rows + columns) < 2 * rows * columns
+    assert receipt["lowered"][row["site"]] == LOOKED_UP
+    moved = receipt["measured"]["float"]["kl_mean"]
+    assert moved > 0 and receipt["measured"]["runtime"]["kl_mean"] == pytest.approx(moved, rel=1e-3)
 
 
 @pytest.mark.parametrize(("step", "error", "match"), [

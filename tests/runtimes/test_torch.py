@@ -167,6 +167,19 @@ def test_an_embedding_looks_rows_up(name: str) -> None:
     assert module.padding_idx == 3 and module.num_embeddings == node.shape[0]
 
 
+def test_a_factorized_embedding_never_exists_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrow table is looked up, and only the rows that were are widened."""
+    node = Product(dense(400, 8), dense(8, IN))
+    ids, table = torch.tensor([[7, 399], [0, 7]]), node.dense()
+    module, said = lower(node, nn.Embedding(400, IN))
+    monkeypatch.setattr(Product, "dense", lambda self: pytest.fail("the table was rebuilt"))
+    with torch.no_grad():
+        close(module(ids), table[ids], 1e-6)
+    assert said == LOOKED_UP
+    held = sum(values.numel() for values in vars(module)["_parameters"].values() if values is not None)
+    assert held == 0 and node.bits() == 32 * 8 * (400 + IN)
+
+
 KERNEL = (24, 3, 3)  # inputs, height, width
 WIDE = 24 * 9
 

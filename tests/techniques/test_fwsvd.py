@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.core.edit import edit
+from rarefy.core.edit import Leaf, edit
 from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense
-from rarefy.core.nouns import Evidence
+from rarefy.core.nouns import Choice, Evidence
+from rarefy.numerics.grids import integer_grid
 from rarefy.techniques.factorize.fwsvd import FWSVD
 from rarefy.techniques.factorize.svd import SVD
 
@@ -79,3 +80,35 @@ def test_dead_outputs_and_inputs_stay_finite(weight: Tensor, evidence: Evidence)
 def test_needs_a_fisher(weight: Tensor, evidence: Evidence) -> None:
     with pytest.raises(EditError, match=r"needs calibration evidence \(fisher\)"):
         run(FWSVD(), weight, Evidence(evidence.gram, evidence.tokens))
+
+
+def lookups(rows: int = 300, columns: int = 24) -> tuple[Tensor, Evidence]:
+    """A table of which few rows are read often, as words are, with columns that matter differently."""
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(rows, columns, generator=generator) @ torch.diag(torch.logspace(0, -1, columns))
+    often = 1 / torch.arange(1, rows + 1).float()
+    return table, Evidence(torch.diag(torch.logspace(-2, 0, columns)) * 500, 500, often / often.sum())
+
+
+def test_the_planner_is_offered_factorized_embeddings() -> None:
+    """Bytes are those of the factors, and the predicted damage is what the rank does."""
+    table, seen = lookups()
+    leaf = Leaf("embed", Dense(table), table, None, seen)
+    found = list(FWSVD.options(leaf, {"tree": Choice(None, 0), "int8": Choice(integer_grid(8, 0), 1)}))
+    assert {option.format for option in found} == {"tree"} and len(found) >= 2
+    for option in found:
+        rank = option.steps[0].settings["rank"]
+        tree, _ = run(FWSVD(rank=rank), table, seen)
+        assert option.damage == pytest.approx(seen.damage(tree.dense() - table), rel=0.02)
+        assert option.bytes == rank * sum(table.shape) * 2
+        assert [step.technique for step in option.steps] == ["fwsvd", "cast"]
+        plain, _ = run(SVD(rank=rank), table, None)
+        assert option.damage < seen.damage(plain.dense() - table)
+
+
+def test_no_options_where_inputs_move_together(weight: Tensor, evidence: Evidence) -> None:
+    leaf = Leaf("w", Dense(weight), weight, None, evidence)
+    assert list(FWSVD.options(leaf, {"tree": Choice(None, 0)})) == []
+    table, seen = lookups()
+    table_leaf = Leaf("e", Dense(table), table, None, seen)
+    assert list(FWSVD.options(table_leaf, {"Q": Choice(integer_grid(4, 8), 1)})) == []

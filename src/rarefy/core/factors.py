@@ -7,7 +7,7 @@ the factors may cost). ``Extent`` is that question, put once; its errors name si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor
 from rarefy.core.edit import Edited, Leaf
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nodes import Dense, Node
+from rarefy.core.nouns import Choice, Option, Step
 from rarefy.numerics.decompose import whitening
 
 SLACK = 1e-12  # float64 sums of energies: a share of 1 must be reached
+LADDER = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the weight's size, for the planner
+ALIGNED = 8  # the planner's ranks are multiples of this, which kernels like
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,23 @@ def rank_of_energy(energies: Float[Tensor, " side"], share: float) -> int:
     held = energies.cumsum(0)
     enough = held >= share * held[-1] * (1 - SLACK)
     return int(enough.int().argmax()) + 1
+
+
+def ladder(leaf: Leaf, choices: Mapping[str, Choice], technique: str, cost: Float[Tensor, " side"]
+           ) -> Iterator[Option]:
+    """The planner's options of low rank where a target holds any tree, factors in float16.
+
+    cost: predicted damage of leaving each component out, by falling energy.
+    """
+    tail = cost.flip(0).cumsum(0).flip(0)
+    out, columns = leaf.target.shape
+    ranks = {int(share * out * columns / (out + columns)) // ALIGNED * ALIGNED for share in LADDER}
+    for name, choice in choices.items():
+        for rank in sorted(ranks - {0}):
+            if choice.stored is None and rank < len(tail):
+                steps = (Step(technique, (leaf.site,), {"rank": rank}),
+                         Step("cast", (leaf.site,), {"dtype": "float16"}))
+                yield Option(leaf.site, name, rank * (out + columns) * 2, float(tail[rank]), steps)
 
 
 def wanted(leaf: Leaf) -> Float[Tensor, "out in_"]:

@@ -11,14 +11,19 @@ and then the closed form needs no such compromise: with a = sqrt(f), b = sqrt(h)
     min_{L R} sum_ij F_ij (W - L R)_ij^2    is solved by    diag(a) W diag(b) = U S V^T,
     L = diag(a)^-1 U_r S_r^1/2,    R = S_r^1/2 V_r^T diag(b)^-1.
 
-Inputs that move together are still counted one by one; ``svd_llm`` counts them together.
+Inputs that move together are still counted one by one; ``svd_llm`` counts them together. An embedding has no
+such inputs: row v is read as often as token v occurs, f_v, and h is the squared gradient behind each column,
+so that what is minimised is all there is, and the planner is offered it there. The table becomes a narrow one
+and a matrix that widens the rows that are looked up, as ALBERT's does.
 
 Paper: Hsu et al. 2022, "Language model compression with weighted low-rank factorization", section 3 and eq.
-7; the factored Fisher is that of Martens & Grosse 2015, "K-FAC".
+7; the factored Fisher is that of Martens & Grosse 2015, "K-FAC"; Lan et al. 2020, "ALBERT", section 3.1
+(factorized embeddings).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,8 +32,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.core.edit import Edited, Leaf
-from rarefy.core.factors import Extent, dtype_of, edited, stored, wanted
+from rarefy.core.factors import Extent, dtype_of, edited, ladder, stored, wanted
 from rarefy.core.nodes import Dense, Node, Product
+from rarefy.core.nouns import Choice, Option
 from rarefy.numerics.decompose import spectrum
 
 FLOOR = 1e-4  # of the mean: an output or input that the sample did not need is not free
@@ -54,6 +60,7 @@ class FWSVD:
     edits: ClassVar[tuple[type[Node], ...]] = (Dense,)
     needs: ClassVar[frozenset[str]] = frozenset({"fisher"})
     beats: ClassVar[str] = "svd"
+    whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._extent()
@@ -73,6 +80,22 @@ class FWSVD:
         right = right / b if self.inputs else right
         node = Product(stored(leaf.site, left, dtype), stored(leaf.site, right, dtype))
         return edited(leaf, node, note, also if self.inputs else "")
+
+    @classmethod
+    def options(cls, leaf: Leaf, choices: Mapping[str, Choice]) -> Iterator[Option]:
+        """A ladder of ranks where columns count one by one: at embeddings.
+
+        Then ``1/2 sum_{k > r} s_k^2`` of the weighted matrix is the damage itself, in the means of f and h.
+        """
+        assert leaf.evidence is not None and leaf.evidence.fisher is not None
+        gram, fisher = leaf.evidence.gram, leaf.evidence.fisher
+        diagonal = gram.diagonal()
+        if all(choice.stored is not None for choice in choices.values()) or gram.count_nonzero() > len(gram):
+            return
+        a, b = _root(fisher, "")[0], _root(diagonal, "")[0]
+        mean = float(fisher.mean()) * float(diagonal.mean()) / max(leaf.evidence.tokens, 1)
+        energies = spectrum((wanted(leaf) * b).float(), rows=a).energies
+        yield from ladder(leaf, choices, "fwsvd", 0.5 * mean * energies)
 
 
 def _root(importance: Float[Tensor, " n"], note: str) -> tuple[Float[Tensor, " n"], str]:

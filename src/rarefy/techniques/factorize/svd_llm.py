@@ -26,14 +26,12 @@ from typing import ClassVar
 import torch
 
 from rarefy.core.edit import Edited, Leaf
-from rarefy.core.factors import Extent, dtype_of, edited, stored, wanted, whitened
+from rarefy.core.factors import Extent, dtype_of, edited, ladder, stored, wanted, whitened
 from rarefy.core.nodes import Dense, Node, Product
-from rarefy.core.nouns import Choice, Option, Step
+from rarefy.core.nouns import Choice, Option
 from rarefy.numerics.decompose import refit, spectrum
 
-LADDER = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the weight's size, for the planner
 UNDAMPED = 1e-6  # the planner wants the loss itself, and not what damping adds to it
-ALIGNED = 8  # the planner's ranks are multiples of this, which kernels like
 
 
 @dataclass(frozen=True)
@@ -87,15 +85,6 @@ class SVDLLM:
             return
         assert leaf.evidence is not None and leaf.evidence.fisher is not None
         C, _ = whitened(leaf, UNDAMPED)
-        if C is None:
-            return
-        cost = 0.5 * spectrum(leaf.target, factor=C).weighed(leaf.evidence.fisher)
-        tail = cost.flip(0).cumsum(0).flip(0)
-        out, columns = leaf.target.shape
-        ranks = {int(share * out * columns / (out + columns)) // ALIGNED * ALIGNED for share in LADDER}
-        for name, choice in choices.items():
-            for rank in sorted(ranks - {0}):
-                if choice.stored is None and rank < len(tail):
-                    steps = (Step("svd_llm", (leaf.site,), {"rank": rank}),
-                             Step("cast", (leaf.site,), {"dtype": "float16"}))
-                    yield Option(leaf.site, name, rank * (out + columns) * 2, float(tail[rank]), steps)
+        if C is not None:
+            cost = 0.5 * spectrum(leaf.target, factor=C).weighed(leaf.evidence.fisher)
+            yield from ladder(leaf, choices, "svd_llm", cost)
