@@ -32,6 +32,7 @@ PYTHON_DOCS = "python-docs"
 SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".py", ".html", ".tex", ".csv", ".json", ".jsonl",
                       ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".sh", ".sql", ".xml",
                       ".yaml", ".yml", ".toml"})
+PIECE = 1 << 20      # bytes of text that are cut into tokens at once, where all of it is
 NGRAM = 13
 PASSAGE = 32         # shared tokens in a row that make an overlap; shorter runs are idiom and boilerplate
 FEWEST_DISTINCT = 8  # different tokens a passage must hold: rulers and tables of zeros are no overlap
@@ -149,6 +150,12 @@ def distinct_share(tokens: Int64[Tensor, "count length"]) -> float:
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What every window begins with: BOS, or nothing for a tokenizer that has none."""
     return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def token_streams(ref: Ref, tokenizer: PreTrainedTokenizerBase) -> Iterator[Int64[Tensor, " tokens"]]:
+    """All of a text as tokens, a piece at a time."""
+    for section in _ordered(ref, PIECE, None):
+        yield from map(torch.from_numpy, _streams([section], tokenizer))
 
 
 # ---- from a reference to sections ----------------------------------------------------------------------

@@ -21,7 +21,7 @@ from rarefy.calibration.observe import BATCH, Advance
 from rarefy.calibration.removals import removals, work
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Evidence, Receipt, Recipe
-from rarefy.core.structure import Channels, Narrowing, Passage, Shortening, Thinning, UnitGroup
+from rarefy.core.structure import Channels, Narrowing, Passage, Shortening, Thinning, Trimming, UnitGroup
 from rarefy.measure.task import Judge
 from rarefy.models.narrowed import (
     ChannelGroup,
@@ -64,6 +64,8 @@ def narrowed(network: Network, recipe: Recipe, examples: Examples | None,
         if step.where != ("*",):
             raise RecipeError(f"{step.technique}: takes out parts of the whole network; leave 'where' out")
         technique = build_structure(step)
+        if isinstance(technique, Trimming):
+            continue  # done before text was cut into tokens
         kind = technique.edits[0]
         if examples is None and (technique.needs or kind is Channels):
             raise EditError(f"{network.name}: {step.technique} needs calibration samples; pass data")
@@ -106,7 +108,7 @@ def filtered(network: Network, technique: Narrowing, examples: Examples, *, name
         if refit is not None:
             refits[group.root] = refit
     done = reestimated(without_channels(network, inputs, kept, refits), examples.batches(BATCH))
-    before, after = _multiplications(network, inputs), _multiplications(done, inputs)
+    before, after = multiplications(network, inputs), multiplications(done, inputs)
     seconds = time.perf_counter() - started
     receipts = [_channel_receipt(channels, group, name, kept[group.root], seconds / len(kept))
                 for group, channels in zip(groups, seen, strict=True) if group.root in kept]
@@ -155,7 +157,7 @@ def _channel_receipt(channels: Channels, group: ChannelGroup, name: str, kept: T
                    note=note)
 
 
-def _multiplications(network: Network, inputs: dict[str, Tensor]) -> float:
+def multiplications(network: Network, inputs: dict[str, Tensor]) -> float:
     """Of one sample, in all linears and convolutions."""
     total, hooks = 0.0, []
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rarefy.calibration.evidence import Advance, Stream, survey
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Evidence, Receipt, Recipe
-from rarefy.core.structure import Merging, Narrowing, Passage, Shortening, Thinning, UnitGroup
+from rarefy.core.structure import Merging, Narrowing, Passage, Shortening, Thinning, Trimming, UnitGroup
 from rarefy.measure.divergence import Reference
 from rarefy.models.map import Site
 from rarefy.models.model import Model
@@ -59,6 +59,8 @@ def reshaped(model: Model, recipe: Recipe, tokens: Tensor | None,
         if step.where != ("*",):
             raise RecipeError(f"{step.technique}: takes out parts of every block alike; leave 'where' out")
         technique = build_structure(step)
+        if isinstance(technique, Trimming):
+            continue  # done before text was cut into tokens
         if technique.needs and tokens is None:
             raise EditError(f"{model.name}: {step.technique} needs calibration text; pass data")
         if isinstance(technique, Shortening):

@@ -1,0 +1,541 @@
+"""Smaller networks of the same kind: how much faster they are, and what they lose before and after recovery.
+
+    python benchmarks/structure.py --data DATA --work WORK --gemma HF_FOLDER [--only gemma cnn albert]
+
+DATA holds ``wikitext2/valid.txt`` (calibration and recovery) and ``test.raw.txt`` (evaluation only),
+``mnist/`` as for ``deep_compression.py``, ``sst2/train.tsv``, ``dev.tsv``, ``test.tsv``. HF_FOLDER is what
+``permuted_gemma.py`` writes. Results go to the ledger in WORK; what is there is not run again.
+
+    gemma    a quarter of the body's numbers out, by our criteria and those of LLM-Pruner and Torch-Pruning,
+             each recovered alike; files of the same formats, timed in llama.cpp
+    cnn      a residual CNN with half of its multiplications, beside Torch-Pruning; PyTorch and ONNX Runtime
+    albert   MiniLM with shared layers, taught by the network that it was made of
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rarefy.techniques
+from deep_compression import Digits, read
+from harness import Ledger, fingerprint, sha256, table, write_page
+from rarefy.calibration.examples import Examples, read_examples
+from rarefy.calibration.samples import materialize
+from rarefy.calibration.text import windows
+from rarefy.core.edit import edit
+from rarefy.core.nodes import Dense, Node
+from rarefy.core.structure import UnitGroup
+from rarefy.export.gguf import export_gguf, site_bytes
+from rarefy.export.onnx import export_onnx
+from rarefy.formats.ggml import CODECS
+from rarefy.measure.divergence import Reference
+from rarefy.measure.latency import compare
+from rarefy.models.model import Model, open_model
+from rarefy.models.network import Network
+from rarefy.models.opening import open_any
+from rarefy.models.runner import Runner
+from rarefy.models.shrunk import with_tokens
+from rarefy.models.tokens import named_tokens
+from rarefy.run.narrow import filtered, multiplications
+from rarefy.run.reshape import Reshaped, thinned
+from rarefy.run.sharing import share_layers
+from rarefy.run.training import Training, train
+from rarefy.runtimes import bench, llamacpp
+from rarefy.techniques.distill.forward_kl import ForwardKL
+from rarefy.techniques.distill.hard_labels import HardLabels
+from rarefy.techniques.distill.soft_labels import SoftLabels
+from rarefy.techniques.prune.filters import Filters
+from rarefy.techniques.prune.units import Units
+from rarefy.techniques.quantize.rtn import RTN
+from rarefy.techniques.share.layers import Layers
+from rarefy.training.examples import Rows
+from rarefy.training.loop import Settings
+from rarefy.training.signals import Distillation
+from rarefy.training.teacher import answered
+from rarefy.training.tune import Tuning, tune
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "structure.md"
+MEASURED = ("prune/units.py", "prune/filters.py", "share/layers.py")
+
+
+def main() -> None:
+    """Run what the ledger does not hold; write the page."""
+    arguments = _arguments()
+    ledger = Ledger(arguments.work / "structure.json")
+    parts = []
+    for name in arguments.only:
+        parts += STAGES[name](arguments, ledger)
+    write_page(PAGE, "Structure", "python benchmarks/structure.py", [INTRODUCTION, *parts])
+
+
+def _kept(ledger: Ledger, what: tuple[object, ...], work: Callable[[], Any]) -> Any:
+    """A result from the ledger, or made now."""
+    source = Path(rarefy.techniques.__path__[0])
+    key = fingerprint(*what, *(sha256(source / name) for name in MEASURED))
+    if ledger.get(key) is None:
+        print(*what, flush=True)
+        ledger.put(key, work())
+        print(ledger.get(key), flush=True)
+    return ledger.get(key)
+
+
+# ---- Gemma ---------------------------------------------------------------------------------------------
+
+WINDOWS, LENGTH = 16, 512         # of calibration
+LESSONS, LESSON = 96, 128        # windows of recovery, and their tokens
+JUDGED = 12                       # windows of evaluation, 512 tokens each
+NEURONS = 0.375                   # share of the neurons: 1280 of 2048 stay
+RECOVERY = Settings(epochs=1, batch=4, rate=1e-4, warmup=0.1)
+FORMATS = ("F16", "Q8_0", "Q4_0")
+
+
+@dataclass(frozen=True)
+class Ranked(Units):
+    """Neurons by scores that somebody else gave, [units] for every block; nothing is refitted."""
+
+    given: tuple[Tensor, ...] = ()
+    compensate: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        return self.given[group.block]
+
+
+def gemma(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
+    """Criteria beside each other, then speed."""
+    model = open_model(arguments.gemma)
+    text = {name: arguments.data / "wikitext2" / file
+            for name, file in (("valid", "valid.txt"), ("test", "test.raw.txt"))}
+    seen = windows(text["valid"], model.tokenizer, length=LENGTH, count=WINDOWS, seed=0)
+    judged = windows(text["test"], model.tokenizer, length=512, count=JUDGED, seed=1)
+    lessons = windows(text["valid"], model.tokenizer, length=LESSON, count=LESSONS, seed=2)
+    rows, reference = [], Reference(model, judged)
+    for name, prune in CRITERIA.items():
+        found = _kept(ledger, ("gemma", name, NEURONS, LESSONS, LESSON, RECOVERY, WINDOWS, JUDGED),
+                      lambda prune=prune: _recovered(model, prune(model, seen), lessons, reference,
+                                                     arguments.work / "gemma"))
+        rows.append((name, f"{found['fewer']:.1%}", f"{found['before']:.3f}",
+                     f"{found['after']:.3f} ± {found['error']:.3f}", f"{found['top1']:.1%}"))
+    head = ("criterion", "fewer numbers in the body", "KL before", "KL after recovery", "same top token")
+    minutes = found["seconds"] / 60
+    said = (f"KL in nats per token to the unpruned model on {JUDGED} windows of WikiText-2's test set. "
+            f"Recovery is one pass over {LESSONS} windows of {LESSON} tokens of the validation set (about "
+            f"{minutes:.0f} minutes on one thread), the same for every row: far too short for what it could "
+            "give, long enough to compare. It is given the original's distribution over the tokens that occur "
+            "in that text, so that the head costs little.")
+    return ["## Gemma-3-270M", said, table(head, rows), *_gemma_speed(arguments, ledger, model, seen)]
+
+
+def _units(**settings: Any) -> Callable[[Model, Tensor], Reshaped]:
+    return lambda model, seen: thinned(model, Units(**{"ratio": NEURONS, **settings}), seen)
+
+
+def _heads_too(model: Model, seen: Tensor) -> Reshaped:
+    """A quarter of the queries, and fewer neurons for it."""
+    fewer = thinned(model, Units("queries", 0.25), seen).model
+    return thinned(fewer, Units(ratio=0.3125), seen)
+
+
+def _llm_pruner(model: Model, seen: Tensor) -> Reshaped:
+    """LLM-Pruner's first order, sum |w dL/dw| over a neuron's weights, L the loss of the text."""
+    network = materialize(model, torch.float32)
+    blocks = network.get_submodule(model.map.family.blocks)
+    for block in blocks:
+        block.mlp.requires_grad_(True)
+    for window in seen[:10, :128].split(1):
+        logits = network(input_ids=window, use_cache=False).logits[0, :-1]
+        nn.functional.cross_entropy(logits, window[0, 1:]).backward()
+    scores = tuple(sum((part.weight * part.weight.grad).detach().abs().sum(axis) for part, axis in
+                       ((block.mlp.gate_proj, 1), (block.mlp.up_proj, 1), (block.mlp.down_proj, 0)))
+                   for block in blocks)
+    return thinned(model, Ranked(ratio=NEURONS, given=scores), None)
+
+
+def _torch_pruning(model: Model, seen: Tensor) -> Reshaped:
+    """Torch-Pruning's own importance, on its own group of every feed-forward part."""
+    import torch_pruning
+
+    scores = []
+    for block in range(model.map.blocks):
+        sites = {site.role: site for site in model.map.in_block(block)}
+        part = _FeedForward(*(model.weight(sites[role].path) for role in ("gate", "up", "down")))
+        graph = torch_pruning.DependencyGraph()
+        graph.build_dependency(part, example_inputs=torch.randn(2, part.up.in_features))
+        group = graph.get_pruning_group(part.up, torch_pruning.prune_linear_out_channels,
+                                        idxs=list(range(part.up.out_features)))
+        scores.append(torch_pruning.importance.GroupMagnitudeImportance(p=2)(group))
+    return thinned(model, Ranked(ratio=NEURONS, given=tuple(scores)), None)
+
+
+class _FeedForward(nn.Module):
+    """A gated feed-forward part, to be traced."""
+
+    def __init__(self, *weights: Tensor) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(*weight.shape[::-1], bias=False) for weight in weights)
+        for part, weight in zip((self.gate, self.up, self.down), weights, strict=True):
+            part.weight = nn.Parameter(weight.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.nn.functional.gelu(self.gate(x)) * self.up(x))
+
+
+CRITERIA: dict[str, Callable[[Model, Tensor], Reshaped]] = {
+    "ours: obs, refitted": _units(),
+    "LLM-Pruner: first order": _llm_pruner,
+    "Torch-Pruning: group norm": _torch_pruning,
+    "activation": _units(criterion="activation", compensate=False),
+    "taylor, refitted": _units(criterion="taylor"),
+    "ours: a quarter of the queries and 5/16 of the neurons": _heads_too,
+}
+
+
+def _recovered(model: Model, pruned: Reshaped, lessons: Tensor, reference: Reference, folder: Path
+               ) -> dict[str, float]:
+    """KL before and after a short distillation from the original."""
+    small = pruned.model
+    before = reference.compare(Runner(small)).kl_mean
+    kept = torch.cat([lessons.flatten(), torch.tensor(sorted(named_tokens(model.config)))]).unique()
+    place = torch.zeros(int(kept.max()) + 1, dtype=torch.int64)
+    place[kept] = torch.arange(len(kept))
+    teacher, student = with_tokens(model, kept), with_tokens(small, kept)
+    rows = answered(teacher, Rows({"input_ids": place[lessons]}), folder, k=64)
+    blocks = f"{model.map.family.blocks}.*"
+    tuned = tune(student, {}, Tuning(frozenset({"weights", "norms"}), where=(blocks,)),
+                 Distillation(student, None, ((1.0, ForwardKL()),)), rows, RECOVERY)
+    after = reference.compare(Runner(small, {**tuned.trees, **tuned.params}.get))
+    return {"fewer": 1 - _body(small) / _body(model), "before": before, "after": after.kl_mean,
+            "error": after.kl_stderr, "top1": after.top1, "seconds": tuned.curve.seconds}
+
+
+def _body(model: Model) -> int:
+    """Numbers of all matrices in blocks."""
+    return sum(site.shape[0] * site.shape[1] for site in model.map.sites if site.block is not None)
+
+
+def _gemma_speed(arguments: argparse.Namespace, ledger: Ledger, model: Model, seen: Tensor) -> list[str]:
+    """Files of the same format with and without a quarter of the body, in turns."""
+    rows = []
+    for name in FORMATS:
+        found = _kept(ledger, ("gemma speed", name, NEURONS),
+                      lambda name=name: _timed(model, name, seen, arguments.work / "gemma"))
+        expected = found["read"][0] / found["read"][1]
+        rows.append((name, f"{found['bytes'][0] / 1e6:.1f}", f"{found['bytes'][1] / 1e6:.1f}",
+                     f"{found['prefill'][0]:.0f}", f"{found['prefill'][1]:.0f}",
+                     f"{found['prefill'][1] / found['prefill'][0]:.2f}x", f"{found['decode'][0]:.1f}",
+                     f"{found['decode'][1]:.1f}", f"{found['decode'][1] / found['decode'][0]:.2f}x",
+                     f"{expected:.2f}x", f"{found['head']:.0%}", f"{found['drift']:.0%}"))
+    head = ("format", "MB", "MB pruned", "prefill, tokens/s", "pruned", "ratio", "decode, tokens/s", "pruned",
+            "ratio", "bytes read: ratio", "of them head", "drift")
+    said = ("In llama.cpp, one thread, both files in one run and in turns; prefill of 512 tokens, 48 tokens "
+            "decoded. Decoding reads every matrix once for a token, and most of these bytes are the head, "
+            "which pruning the body leaves alone: the last columns say what ratio of bytes is read, and "
+            "what share of it the head is. Drift is the distance between visits to the same file: where it "
+            "is large the machine was doing other work.")
+    return ["### Speed", said, table(head, rows)]
+
+
+def _timed(model: Model, name: str, seen: Tensor, folder: Path) -> dict[str, Any]:
+    """Speeds and bytes of both files, in one format throughout."""
+    small = CRITERIA["ours: obs, refitted"](model, seen).model
+    paths = []
+    for place, each in (("whole", model), ("pruned", small)):
+        path = folder / f"{place}-{name}.gguf"
+        folder.mkdir(parents=True, exist_ok=True)
+        export_gguf(each, _rounded(each, name), {site.path: name for site in each.map.sites}, path)
+        paths.append(path)
+    found = llamacpp.compare_speed(*paths, prefill=512, decode=48, threads=1, repeats=5)
+    bytes_read = [sum(site_bytes(site, name) for site in each.map.sites) for each in (model, small)]
+    sizes = [path.stat().st_size for path in paths]
+    for path in paths:
+        path.unlink()
+    return {"bytes": sizes, "read": bytes_read, "head": site_bytes(small.map.head, name) / bytes_read[1],
+            "prefill": [found.a.prefill, found.b.prefill], "decode": [found.a.decode, found.b.decode],
+            "drift": found.drift}
+
+
+def _rounded(model: Model, name: str) -> Mapping[str, Node]:
+    """Every matrix on the grid of a format; as it is where the format is of floats."""
+    grid = CODECS[name].grid
+    if grid is None:
+        return {}
+    generator = torch.Generator()
+    return {site.path: edit(site.path, Dense(weight), weight, RTN(grid), "rtn", None, generator)[0]
+            for site in model.map.sites for weight in (model.weight(site.path),)}
+
+
+# ---- a residual CNN ------------------------------------------------------------------------------------
+
+CHANNELS = 0.375                                             # share that goes
+TRAINED = Settings(epochs=6, batch=64, rate=2e-3, decay=1e-4)
+TAUGHT = replace(TRAINED, epochs=3, rate=1e-3)
+BATCHES = (1, 32)
+
+
+class ResNet(nn.Module):
+    """A stem of stride 2 and three residual blocks of 32, 64 and 128 channels, for images of 28 x 28."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]),
+                                  nn.ReLU())
+        before = (widths[0], *widths)
+        self.blocks = nn.Sequential(*(Block(inner, outer) for inner, outer in
+                                      zip(before, widths, strict=False)))
+        self.head = nn.Linear(widths[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut, which is a convolution where the width changes."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        stride = 1 if inner == outer else 2
+        self.one = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
+        self.two = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
+        self.norm_one, self.norm_two = nn.BatchNorm2d(outer), nn.BatchNorm2d(outer)
+        self.past = nn.Identity() if stride == 1 else nn.Sequential(
+            nn.Conv2d(inner, outer, 1, 2, bias=False), nn.BatchNorm2d(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = self.norm_one(self.one(x)).relu()
+        return (self.norm_two(self.two(inside)) + self.past(x)).relu()
+
+
+def cnn(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
+    """Trained, pruned, taught; then timed."""
+    digits = read(arguments.data / "mnist")
+    module = _trained_resnet(digits, arguments.work / "cnn.pt")
+    network = Network.from_module(module, "ResNet")
+    rows, work = [], _work(network)
+    rows.append(("whole", f"{work / 1e6:.2f}", "1.00x", "", f"{100 - 100 * digits.error(module):.2f}%",
+                 *[""] * 4))
+    for name, prune in PRUNERS.items():
+        found = _kept(ledger, ("cnn", name, CHANNELS, TRAINED, TAUGHT, digits.train.digest()),
+                      lambda prune=prune: _taught(network, prune(network, digits), digits, arguments.work))
+        rows.append((name, f"{found['work'] / 1e6:.2f}", f"{work / found['work']:.2f}x",
+                     f"{found['before']:.2%}", f"{found['after']:.2%}", *found["speed"]))
+    head = ("channels", "million multiplications", "fewer", "accuracy before", "accuracy after",
+            *(f"{engine}, batch {size}" for engine in ("PyTorch", "ONNX Runtime") for size in BATCHES))
+    count = len(digits.test)
+    split = "MNIST's test images, split by a seed" if digits.split else "MNIST"
+    said = (f"A residual network of three blocks; {split}: {len(digits.train):,} to train on, {count:,} to "
+            f"judge (one of them is {100 / count:.2f} points). {CHANNELS:.1%} of the channels go, "
+            f"{TAUGHT.epochs:g} epochs of distillation from the unpruned network and the labels follow, the "
+            "same for all. Speed is times faster than the unpruned network, one thread, in turns.")
+    return ["## A residual CNN", said, table(head, rows)]
+
+
+def _trained_resnet(digits: Digits, place: Path) -> nn.Module:
+    torch.manual_seed(0)
+    module = ResNet()
+    if not place.is_file():
+        network = Network.from_module(module)
+        tuned = tune(network, {}, Tuning(), Distillation(network, None, ((1.0, HardLabels()),)), digits.train,
+                     TRAINED)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_filled(network, tuned.trees, tuned.params), place)
+    module.load_state_dict(torch.load(place, weights_only=True))
+    return module.eval()
+
+
+def _filled(network: Network, trees: Mapping[str, Node], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a network after training."""
+    state = {name: value.clone() for name, value in network.module.state_dict().items()}
+    state |= {path: network.map.by_path[path].stored(tree.dense()) for path, tree in trees.items()}
+    return state | dict(params)
+
+
+def _filters(**settings: Any) -> Callable[[Network, Digits], Network]:
+    technique = Filters(**{"ratio": CHANNELS, "multiple": 8, **settings})
+    return lambda network, digits: filtered(network, technique, _some(digits)).network
+
+
+def _some(digits: Digits) -> Examples:
+    batch = digits.train.batch(torch.arange(1000))
+    return Examples({"0": batch["0"]}, batch["labels"])
+
+
+def _group_norm(network: Network, digits: Digits) -> Network:
+    """Torch-Pruning's own pruner with its own importance."""
+    import torch_pruning
+
+    module = copy.deepcopy(network.module).requires_grad_(True)
+    images = digits.train.tensors["0"][:2]
+    torch_pruning.pruner.BasePruner(
+        module, images, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=CHANNELS, round_to=8, ignored_layers=[module.head]).step()
+    return Network.from_module(module, network.name)
+
+
+PRUNERS: dict[str, Callable[[Network, Digits], Network]] = {
+    "taylor, refitted": _filters(),
+    "taylor, wherever they cost least": _filters(spread="global", ratio=0.55),
+    "l2": _filters(criterion="l2", compensate=False),
+    "Torch-Pruning: group norm": _group_norm,
+}
+
+
+def _work(network: Network) -> float:
+    return multiplications(network, {"0": torch.zeros(2, 1, 28, 28)})
+
+
+def _taught(network: Network, small: Network, digits: Digits, folder: Path) -> dict[str, Any]:
+    """Accuracy before and after distillation, and how much faster the result is."""
+    before = 1 - digits.error(small.module)
+    rows = answered(network, digits.train, folder / "cnn")
+    tuned = tune(small, {}, Tuning(), Distillation(small, None, ((1.0, SoftLabels()), (0.5, HardLabels()))),
+                 rows, TAUGHT)
+    small.module.load_state_dict(_filled(small, tuned.trees, tuned.params))
+    small.module.eval()
+    return {"work": _work(small), "before": before, "after": 1 - digits.error(small.module),
+            "speed": [*_in_torch(network.module, small.module), *_in_onnx(network, small, folder)],
+            "seconds": tuned.curve.seconds}
+
+
+@torch.no_grad()
+def _in_torch(whole: nn.Module, small: nn.Module) -> list[str]:
+    """Times faster, by batch."""
+    found = []
+    for size in BATCHES:
+        images = torch.randn(size, 1, 28, 28)
+        found.append(f"{compare(_calling(whole, images), _calling(small, images), 9).ratio:.2f}x")
+    return found
+
+
+def _calling(module: nn.Module, images: Tensor) -> Callable[[], int]:
+    def call() -> int:
+        module(images)
+        return len(images)
+
+    return call
+
+
+def _in_onnx(whole: Network, small: Network, folder: Path) -> list[str]:
+    """The same of ONNX files, floats both."""
+    paths = []
+    for name, each in (("whole", whole), ("small", small)):
+        path = folder / f"cnn-{name}.onnx"
+        export_onnx(each.module, {}, path, inputs={"0": torch.randn(2, 1, 28, 28)})
+        paths.append(path)
+    second = bench.compare(paths, batches=BATCHES, visits=9, calls=20, threads=1)[1]
+    return [f"{second.ratio[size]:.2f}x" for size in BATCHES]
+
+
+# ---- ALBERT made of MiniLM -----------------------------------------------------------------------------
+
+SENTENCES = 24_000
+TEACHER = Settings(epochs=1, batch=32, rate=1e-4, patience=0)
+PUPIL = Settings(epochs=1, batch=32, rate=3e-4, patience=0)
+
+
+def albert(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
+    """MiniLM fine-tuned, its layers shared, taught by what it was."""
+    teacher = arguments.teacher or _teacher(arguments)
+    network = open_any(teacher)
+    assert isinstance(network, Network)
+    data = {name: read_examples(network, arguments.data / "sst2" / f"{name}.tsv",
+                                count=SENTENCES if name == "train" else None) for name in ("train", "test")}
+    whole = _accuracy(network, data["test"], {})
+    rows = [("fine-tuned", f"{_encoder(network, {}) / 1e6:.2f}", "1.00x", "", f"{whole:.2%}")]
+    for name, technique in SHARED.items():
+        found = _kept(ledger, ("albert", name, technique, SENTENCES, PUPIL, round(whole, 6)),
+                      lambda technique=technique: _shared(network, technique, data, arguments.work))
+        rows.append((name, f"{found['numbers'] / 1e6:.2f}", f"{found['fewer']:.2f}x",
+                     f"{found['before']:.2%}", f"{found['after']:.2%}"))
+    head = ("MiniLM-L6", "million numbers in blocks", "fewer", "accuracy before", "accuracy after")
+    said = ("Accuracy on SST-2's 873 test sentences (one standard error is 1 point). Numbers are those stored "
+            "for the six blocks, biases and norms included, the embedding not. The pupil learns the "
+            f"fine-tuned network's answers and the labels of {SENTENCES:,} training sentences, in one pass.")
+    return ["## ALBERT made of MiniLM", said, table(head, rows)]
+
+
+SHARED = {
+    "3 blocks share, fitted": Layers(group=3),
+    "3 blocks share, averaged": Layers(group=3, start="average"),
+    "3 blocks share, corrections of rank 16": Layers(group=3, rank=16),
+    "all 6 blocks share, fitted": Layers(),
+}
+
+
+def _teacher(arguments: argparse.Namespace) -> Path:
+    """MiniLM with a new head, on some of the sentences."""
+    folder, table_ = arguments.work / f"minilm-{SENTENCES}", arguments.work / f"train-{SENTENCES}.tsv"
+    if not (folder / "receipt.json").is_file():
+        lines = (arguments.data / "sst2" / "train.tsv").read_text().splitlines()
+        table_.write_text("\n".join(lines[:SENTENCES + 1]) + "\n")
+        dev = str(arguments.data / "sst2" / "dev.tsv")
+        train(Training("all-minilm-l6-v2", folder, (str(table_),), (dev,), settings=TEACHER))
+    return folder
+
+
+def _shared(network: Network, technique: Layers, data: Mapping[str, Examples], folder: Path
+            ) -> dict[str, float]:
+    """Accuracy before and after distillation; shared matrices are trained once for all that use them."""
+    train_set = data["train"]
+    some = train_set.select(torch.arange(512))
+    trees = share_layers(network, technique, some, dtype=torch.float32).trees
+    before = _accuracy(network, data["test"], network.tensors(trees.get))
+    assert train_set.labels is not None
+    rows = answered(network, Rows({**train_set.inputs, "labels": train_set.labels}), folder / "albert")
+    objective = Distillation(network, None, ((1.0, SoftLabels()), (0.5, HardLabels())))
+    tuned = tune(network, trees, Tuning(frozenset({"weights", "adapters", "norms", "biases"}),
+                                        where=tuple(trees)), objective, rows, PUPIL)
+    after = _accuracy(network, data["test"], network.tensors(tuned.trees.get) | tuned.params)
+    numbers = _encoder(network, tuned.trees)
+    return {"before": before, "after": after, "numbers": numbers, "seconds": tuned.curve.seconds,
+            "fewer": _encoder(network, {}) / numbers}
+
+
+def _encoder(network: Network, trees: Mapping[str, Node]) -> float:
+    """Numbers stored for all blocks: matrices by their bits, vectors."""
+    matrices = sum(trees[site.path].bits() / 32 if site.path in trees else site.shape[0] * site.shape[1]
+                   for site in network.map.sites if site.block is not None)
+    return matrices + sum(param.shape[0] for param in network.map.params if ".layer." in param.path)
+
+
+def _accuracy(network: Network, examples: Examples, tensors: Mapping[str, Tensor]) -> float:
+    ordered, answers = examples.by_length(), []
+    with torch.no_grad():
+        for batch in ordered.batches(32):
+            answers.append(network.run(batch, tensors or None).argmax(1))
+    return float((torch.cat(answers) == ordered.labels).float().mean())
+
+
+# ---- the page ------------------------------------------------------------------------------------------
+
+INTRODUCTION = ("Neurons, heads, channels and layers taken out whole: what is left is a smaller network of "
+                "the standard kind, so that every runtime is faster by what is no longer there.")
+STAGES: dict[str, Callable[[argparse.Namespace, Ledger], list[str]]] = {
+    "gemma": gemma, "cnn": cnn, "albert": albert}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--gemma", type=Path)
+    parser.add_argument("--teacher", type=Path, help="MiniLM fine-tuned on SST-2 (default: it is made here)")
+    parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
+    arguments = parser.parse_args()
+    if "gemma" in arguments.only and arguments.gemma is None:
+        parser.error("--gemma is missing: the folder that permuted_gemma.py writes")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
