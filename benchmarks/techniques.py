@@ -5,9 +5,9 @@
 
 minilm: the encoder MiniLM-L6 (``all-minilm-l6-v2``) on ``DATA/sst2`` (``train.tsv`` and ``test.tsv``, columns
 sentence, label), every matrix of its blocks edited, embeddings left alone. gemma: a language model in a
-folder (``permuted_gemma.py`` writes one), six blocks evenly spaced, judged on ``DATA/wikitext2``
-(``valid.txt``, ``test.raw.txt``). cnn: four convolutions and a head, trained here on scikit-learn's digits,
-everything edited.
+folder (``permuted_gemma.py`` writes one), three blocks of it (the first, the middle, the last), judged on
+``DATA/wikitext2`` (``valid.txt``, ``test.raw.txt``). cnn: four convolutions and a head, trained here on
+scikit-learn's digits, everything edited.
 
 The evidence is gathered once for a model, in its original state (once more where a technique changes the
 channels first); then each technique edits all sites, the result is written in the native format, attached to
@@ -64,8 +64,9 @@ COMMAND = "python benchmarks/techniques.py --data DATA --work WORK --gemma HF_FO
 STEADY = 0.2  # how far apart the middle half of the ratios may lie for their median to be shown
 # samples: surveyed, calibrated on (the probe learns from them, too), judged on; positions: windows and
 # positions of each at which a language model's answers are compared
-EFFORT = replace(effort_named("quick"), survey=4, positions=(6, 48), samples=(64, 512, 400), repeats=9)
-BLOCKS = 6  # of a language model that are edited
+EFFORT = replace(effort_named("quick"), survey=2, calibration=24, positions=(4, 48), samples=(64, 512, 400),
+                 repeats=9)
+BLOCKS = 3  # of a language model that are edited
 TOKENS = {"batch": 128, "single": 1}  # that the edited layers of a language model are timed with
 
 
@@ -89,7 +90,9 @@ ROWS: tuple[tuple[Step, ...], ...] = (
     (step("kmeans", values=16),), (step("product"),), (step("hashed", ratio=0.5),), (step("loftq"),),
     (step("awq"), step("rtn", "int4-g32")), (step("smoothquant"), step("rtn", "int8")),
     (step("rotate", residual=False), step("rtn", "int4-g32")),
+    (step("rtn", "int8"), step("entropy")),
     (step("sparsegpt", **HALF), step("repair", rank=8), step("rtn", "int8")),
+    (step("sparsegpt", **HALF), step("gptq", "int4-g32"), step("entropy")),
 )
 
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from rarefy.numerics.coding import code_symbols
 from rarefy.numerics.grids import Grid, Stored
 from rarefy.numerics.masks import code_mask
 from rarefy.numerics.rounding import Fit, Number
@@ -98,13 +99,15 @@ class Quantized(Node):
 
     ``codes`` has one byte per weight in memory whatever the grid: packing belongs to the formats.
     ``scale`` and ``zero`` stand for [out, groups] matrices; under double quantization they are
-    ``Quantized`` themselves.
+    ``Quantized`` themselves. ``coded``: codes are stored by how often each occurs (``numerics.coding``),
+    not at the grid's bits.
     """
 
     codes: UInt8[Tensor, "out in_"]
     scale: Node
     zero: Node | None
     grid: Grid
+    coded: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -142,16 +145,26 @@ class Quantized(Node):
         return Fit(_node_number(self.scale), zero, self.grid)
 
     def bits(self) -> int:
-        return (self.codes.numel() * self.grid.code_bits + self.scale.bits()
-                + (0 if self.zero is None else self.zero.bits()))
+        return self._bits
+
+    @cached_property
+    def _bits(self) -> int:
+        return self._number_bits + (_coded_bits(self.codes, self.grid) if self.coded
+                                    else self.codes.numel() * self.grid.code_bits)
 
     def kept_bits(self, keep: Tensor) -> int:
-        return self.bits() - int((~keep).sum()) * self.grid.code_bits
+        return self._number_bits + (_coded_bits(self.codes[keep], self.grid) if self.coded
+                                    else int(keep.sum()) * self.grid.code_bits)
+
+    @property
+    def _number_bits(self) -> int:
+        return self.scale.bits() + (0 if self.zero is None else self.zero.bits())
 
     def select(self, axis: int, index: Tensor) -> Quantized:
         if axis == 0:
-            return Quantized(self.codes.index_select(0, index), self.scale.select(0, index),
-                             None if self.zero is None else self.zero.select(0, index), self.grid)
+            zero = None if self.zero is None else self.zero.select(0, index)
+            return replace(self, codes=self.codes.index_select(0, index), scale=self.scale.select(0, index),
+                           zero=zero)
         group = self.grid.group or self.codes.shape[1]
         whole = index.view(-1, group) if index.numel() % group == 0 else None
         first = None if whole is None else whole[:, :1]
@@ -160,8 +173,13 @@ class Quantized(Node):
             raise ValueError(f"columns of a grid of group {group} can only be kept in whole groups; "
                              "select before quantizing")
         groups = whole[:, 0] // group
-        return Quantized(self.codes.index_select(1, index), self.scale.select(1, groups),
-                         None if self.zero is None else self.zero.select(1, groups), self.grid)
+        zero = None if self.zero is None else self.zero.select(1, groups)
+        return replace(self, codes=self.codes.index_select(1, index), scale=self.scale.select(1, groups),
+                       zero=zero)
+
+
+def _coded_bits(codes: Tensor, grid: Grid) -> int:
+    return 8 * len(code_symbols(codes, len(grid.levels)))
 
 
 def _number_node(number: Number, stored: Stored) -> Node:

@@ -7,7 +7,8 @@ A folder of three things and the files that came with the model:
     config.json          the model's configuration
 
 n codes of b bits take ceil(n * b / 8) bytes: code i sits at bits i*b .. i*b + b - 1 of the stream, lowest
-bit first. Masks and the indices of codebooks are coded as ``numerics.masks`` and ``numerics.coding`` say.
+bit first. Masks, the indices of codebooks, and codes of which a tree says so are coded, as ``numerics.masks``
+and ``numerics.coding`` say.
 Under a mask only what is kept is stored, in the order of its places: values, codes, indices; scales and
 codebooks stay whole.
 
@@ -202,10 +203,14 @@ class _Writer:
 
     def quantized(self, node: Quantized, at: str, keep: Tensor | None) -> QuantizedSpec:
         codes, grid = node.codes, node.grid
-        self.packed(codes if keep is None else codes[keep], grid.code_bits, f"{at}codes")
+        held = codes if keep is None else codes[keep]
+        if node.coded:
+            self.coded(code_symbols(held, len(grid.levels)), f"{at}codes")
+        else:
+            self.packed(held, grid.code_bits, f"{at}codes")
         return QuantizedSpec(
             shape=(codes.shape[0], codes.shape[1]), grid=self.grids.setdefault(grid, len(self.grids)),
-            scale=self.node(node.scale, f"{at}scale."),
+            coded=node.coded, scale=self.node(node.scale, f"{at}scale."),
             zero=None if node.zero is None else self.node(node.zero, f"{at}zero."))
 
     def dense(self, values: Tensor, name: str, keep: Tensor | None = None) -> DenseSpec:
@@ -467,13 +472,14 @@ class _Reader:
         grid, (rows, columns) = self.grids[spec.grid], spec.shape
         group = grid.group or columns
         self.expect(at, columns % group == 0, f"{columns} columns in groups of {group}")
-        codes = self.packed(f"{at}codes", grid.code_bits, spec.shape, keep)
+        codes = (self.decoded(f"{at}codes", len(grid.levels), spec.shape, keep) if spec.coded
+                 else self.packed(f"{at}codes", grid.code_bits, spec.shape, keep))
         self.expect(at, not codes.numel() or int(codes.max()) < len(grid.levels),
                     f"a code beyond the {len(grid.levels)} levels of {grid.name!r}")
         self.expect(at, (spec.zero is None) == (grid.zero is None), f"the zero that {grid.name!r} tells of")
         scale = self.number(spec.scale, f"{at}scale.", (rows, columns // group))
         zero = None if spec.zero is None else self.number(spec.zero, f"{at}zero.", (rows, columns // group))
-        return Quantized(codes, scale, zero, grid)
+        return Quantized(codes, scale, zero, grid, spec.coded)
 
     def number(self, spec: Any, at: str, shape: tuple[int, int]) -> Node:
         """The scales or zeros of a weight, one for every group."""
@@ -508,6 +514,23 @@ class _Reader:
             raw[keep.reshape(-1)] = kept.view(count, width)
         return raw.view(-1).view(dtype).view(spec.shape)
 
+    def decoded(self, name: str, alphabet: int, shape: tuple[int, ...], keep: Tensor | None) -> Tensor:
+        """Codes that are coded by how often each occurs."""
+        self.expect(name, keep is None or tuple(keep.shape) == shape, f"codes of {shape} under another mask")
+        self.afford(name, prod(shape))
+        count = prod(shape) if keep is None else int(keep.sum())
+        with self.failing(name):
+            codes = decode_symbols(self.coded(name, count), count, alphabet)
+        return self.placed(codes, shape, keep)
+
+    def placed(self, codes: Tensor, shape: tuple[int, ...], keep: Tensor | None) -> Tensor:
+        """Codes in their places; zero where a mask keeps none."""
+        if keep is None:
+            return codes.view(shape)
+        whole = torch.zeros(shape, dtype=torch.uint8)
+        whole[keep] = codes
+        return whole
+
     def packed(self, name: str, bits: int, shape: tuple[int, ...], keep: Tensor | None) -> Tensor:
         self.expect(name, keep is None or tuple(keep.shape) == shape, f"codes of {shape} under another mask")
         count = prod(shape) if keep is None else int(keep.sum())
@@ -519,11 +542,7 @@ class _Reader:
                 first = start * bits // 8
                 piece = raw[first:first + packed_size(size, bits)]
                 codes[start:start + size] = unpack_bits(piece, bits, size)
-        if keep is None:
-            return torch.from_numpy(codes).view(shape)
-        whole = torch.zeros(shape, dtype=torch.uint8)
-        whole[keep] = torch.from_numpy(codes)
-        return whole
+        return self.placed(torch.from_numpy(codes), shape, keep)
 
     def stream(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
         """One stream, which must have exactly this type and shape in the file's header."""

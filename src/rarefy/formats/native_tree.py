@@ -44,9 +44,12 @@ class DenseSpec(_Spec):
 
 
 class QuantizedSpec(_Spec):
+    """coded: the codes are coded as ``numerics.coding`` says, not packed at the grid's bits."""
+
     node: Literal["quantized"] = "quantized"
     shape: tuple[PositiveInt, PositiveInt]
     grid: NonNegativeInt
+    coded: bool = False
     scale: NodeSpec
     zero: NodeSpec | None
 
