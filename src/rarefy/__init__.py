@@ -54,18 +54,26 @@ def _sources(data: Any) -> tuple[Any, ...]:
     return (data,)
 
 
-def load(ref: Path | str, *, fast: bool = False, **settings: Any) -> Any:
+def load(ref: Path | str, *, fast: bool = False, exits: bool = True, **settings: Any) -> Any:
     """A network, ready to run, from a native folder, a job's folder, a ``.gguf`` file or any other model.
 
-    fast: compressed weights run by the fastest kernels that there are for them, and ``network.lowered`` says
-    how each one does; such a network does not train. Otherwise all are decoded. ``dtype``: torch's type of
-    the weights, float32 if not given. ``into``: a module of the same class, when the network is not one of
-    transformers but your own.
+    A network with exits comes as a module that leaves early and says through how many blocks each sample went
+    (``.logits``, ``.blocks``); ``exits=False`` gives the network alone. fast: compressed weights run by the
+    fastest kernels that there are for them, and ``network.lowered`` says how each one does; such a network
+    does not train. Otherwise all are decoded. ``dtype``: torch's type of the weights, float32 if not given.
+    ``into``: a module of the same class, when the network is not one of transformers but your own.
     """
+    from rarefy.export.networks import EXITS, native_folder  # importing rarefy must not import torch
+
+    folder = native_folder(ref)
+    if exits and folder is not None and (folder / EXITS).is_file():
+        from rarefy.runtimes.exits import load as load_exits
+
+        return load_exits(ref, fast=fast, **settings)
     if fast:
         from rarefy.runtimes.torch import load as load_fast
 
         return load_fast(ref, **settings)
-    from rarefy.export.networks import load as load_network  # importing rarefy must not import torch
+    from rarefy.export.networks import load as load_network
 
     return load_network(ref, **settings)

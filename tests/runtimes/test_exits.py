@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import rarefy
 from rarefy.calibration.examples import Examples, read_examples
 from rarefy.core.errors import EditError, ModelError, RecipeError
+from rarefy.core.nodes import Dense, Masked
 from rarefy.core.structure import ExitAnswers
+from rarefy.export.networks import EXITS, export_network, opened
 from rarefy.models.form import Form
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
 from rarefy.numerics.tails import binomial_tail, hoeffding_tail
-from rarefy.runtimes.exits import Exits, Stepped, measured, trained
+from rarefy.runtimes.exit_training import together, trained
+from rarefy.runtimes.exits import Exits, Stepped, load, measured, save
 from rarefy.techniques.depth.early_exit import EarlyExit
 from rarefy.training.loop import Settings
 from small_networks import bert, tokens
@@ -101,6 +106,68 @@ def test_every_family_steps(kind: str) -> None:
         for block in range(3):
             hidden = stepped.block(block, hidden, args, kwargs)
         torch.testing.assert_close(stepped.leave(hidden, inputs), network.run(inputs))
+
+
+# ---- in a folder
+
+def test_saved_exits_are_loaded(exits: Exits, network: Network, dev: Examples, tmp_path: Path) -> None:
+    done = exits.calibrated(EarlyExit("entropy", max_loss=0.2), dev)
+    export_network(network, {}, tmp_path / "out")
+    save(done, tmp_path / "out")
+    inputs = next(dev.batches(40))
+    wanted, depth = done(inputs)
+    for fast in (False, True):
+        loaded = rarefy.load(tmp_path / "out", fast=fast)
+        found = loaded(**inputs)
+        torch.testing.assert_close(found.logits, wanted)
+        assert torch.equal(found.blocks, depth) and loaded.exits.rule == done.rule
+    assert network.form.answer(found, inputs).shape == (40, 2)  # it is called like any network
+    plain = rarefy.load(tmp_path / "out", exits=False)
+    torch.testing.assert_close(plain(**inputs).logits, network.run(inputs))
+
+
+def test_no_threshold_survives_saving(exits: Exits, network: Network, tmp_path: Path) -> None:
+    export_network(network, {}, tmp_path / "out")
+    save(exits, tmp_path / "out")
+    assert rarefy.load(tmp_path / "out").exits.rule.threshold == float("inf")
+
+
+def test_exits_of_other_weights_are_refused(exits: Exits, network: Network, tmp_path: Path) -> None:
+    export_network(network, {}, tmp_path / "one")
+    save(exits, tmp_path / "one")
+    path = network.map.sites[0].path
+    export_network(network, {path: Dense(network.weight(path) + 1)}, tmp_path / "two")
+    shutil.copy(tmp_path / "one" / EXITS, tmp_path / "two" / EXITS)
+    with pytest.raises(ModelError, match="made for other weights"):
+        rarefy.load(tmp_path / "two")
+    (tmp_path / "one" / EXITS).write_bytes(b"nonsense")
+    with pytest.raises(ModelError, match="not the exits of this network"):
+        rarefy.load(tmp_path / "one")
+    (tmp_path / "one" / EXITS).unlink()
+    with pytest.raises(ModelError, match="holds no network with exits"):
+        load(tmp_path / "one")
+
+
+# ---- network and heads together
+
+def test_a_network_learns_with_its_exits(network: Network, tiny_encoder: Path, dev: Examples,
+                                         tmp_path: Path) -> None:
+    """Masked weights stay masked, and the first block says more of the answer than it did for heads alone."""
+    train = read_examples(network, str(tiny_encoder / "train.tsv"))
+    path = next(site.path for site in network.map.sites if site.role == "up")
+    weight = network.weight(path)
+    keep = weight.abs() > weight.abs().median()
+    heads, tuned = together(network, {path: Masked(keep, Dense(weight))}, network, train, (0,),
+                            Settings(steps=60, rate=2e-3, batch=32, precision="float32"))
+    tree = tuned.trees[path]
+    assert isinstance(tree, Masked) and torch.equal(tree.keep, keep)
+    export_network(network, tuned.trees, tmp_path / "out", params=tuned.params)
+    learnt = opened(tmp_path / "out")
+    assert isinstance(learnt, Network)
+    said = Exits(Stepped(learnt), (0,), heads).answers(dev).logits.argmax(-1)
+    alone = trained(network, train, (0,), QUICK).answers(dev).logits.argmax(-1)
+    assert (said[0] == said[-1]).sum() > (alone[0] == alone[-1]).sum()
+    assert (said[-1] == alone[-1]).float().mean() > 0.9  # the end still says what it said
 
 
 # ---- the rule

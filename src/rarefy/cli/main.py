@@ -20,6 +20,7 @@ from rarefy.cli.chat import chat
 from rarefy.cli.compress import compress
 from rarefy.cli.doctor import doctor
 from rarefy.cli.evaluate import evaluate
+from rarefy.cli.exits import exits
 from rarefy.cli.export import export
 from rarefy.cli.inspect import inspect
 from rarefy.cli.plan import plan
@@ -54,7 +55,7 @@ def start(
     quiet_others()
 
 
-for command in (inspect, plan, compress, finetune, distill, run, evaluate, bench, export, chat,
+for command in (inspect, plan, compress, finetune, distill, exits, run, evaluate, bench, export, chat,
                 techniques, doctor):
     app.command()(command)
 

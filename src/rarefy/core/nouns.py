@@ -112,6 +112,17 @@ class Budget:
         return limit
 
 
+def share_of(text: str) -> float:
+    """``"1%"`` and ``"0.01"`` -> 0.01: a share above 0 and below 1."""
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < 1:
+        raise RecipeError(f"share {text!r}: expected 1% or 0.01, above 0 and below 1")
+    return value
+
+
 def _number(text: str, whole: str) -> float:
     try:
         value = float(text)
@@ -179,8 +190,32 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Exiting:
+    """Exits of a classifier: where, how careful, and what they learn from.
+
+    after: behind which blocks, from 0. max_loss: the share of answers that may be lost. settings: others of
+    the technique ``early_exit``. together: the network learns with its exits. data: what they learn from, at
+    most ``samples`` of it (empty: the recipe's). calibration: what the threshold is chosen on (empty: a fifth
+    of the data is kept for it; that is only a guarantee where the network was not trained on it). training:
+    fields of ``training.loop.Settings``.
+    """
+
+    after: tuple[int, ...]
+    max_loss: float = 0.01
+    settings: dict[str, Any] = field(default_factory=dict)
+    together: bool = False
+    data: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+    samples: int = 8000
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Techniques in order, spelled out: what ``rarefy run`` executes. Plain data, YAML both ways."""
+    """Techniques in order, spelled out: what ``rarefy run`` executes. Plain data, YAML both ways.
+
+    exits: what a classifier gets when all steps are done.
+    """
 
     model: str
     steps: tuple[Step, ...]
@@ -190,6 +225,7 @@ class Recipe:
     eval_data: tuple[str, ...] = ()
     seed: int = 0
     dequantize: bool = False
+    exits: Exiting | None = None
 
 
 @dataclass(frozen=True)

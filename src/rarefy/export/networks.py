@@ -42,6 +42,7 @@ from rarefy.models.network import Network, map_network
 from rarefy.models.opening import fill, laid_out, network_class, open_any
 
 INSIDE = "model"  # what a job calls the native folder in its output
+EXITS = "exits.safetensors"  # heads beside the network, which ``runtimes.exits`` writes and reads
 
 
 def export_network(network: Network, trees: Mapping[str, Node], folder: Path | str, *,
@@ -54,13 +55,17 @@ def export_network(network: Network, trees: Mapping[str, Node], folder: Path | s
     return write_native(network, trees, params or {}, config, folder, tokenizer, network.files)
 
 
+def native_folder(ref: Path | str) -> Path | None:
+    """The native folder that ``ref`` is, or that the job's folder ``ref`` holds."""
+    return next((place for place in (Path(ref), Path(ref) / INSIDE) if is_native(place)), None)
+
+
 def opened(ref: Path | str, into: nn.Module | None = None) -> Model | Network:
     """What a native folder, the folder of a job, a ``.gguf`` file or any other model holds.
 
     into: a module of the class of which the network in a native folder is, where that is the user's own.
     """
-    path = Path(ref)
-    found = next((place for place in (path, path / INSIDE) if is_native(place)), None)
+    path, found = Path(ref), native_folder(ref)
     if found is not None:
         held = load_native(found)
         return open_native(found) if "form" not in held.config else _network(found, held, into)

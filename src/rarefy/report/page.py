@@ -18,6 +18,7 @@ from rarefy.report import words
 from rarefy.report.answers import Answers, answers_of, plain
 from rarefy.report.mosaic import mosaic
 from rarefy.report.ruler import Reading, ruler
+from rarefy.report.summary import exit_rows
 from rarefy.report.verdict import file_bytes, final, runtime_name, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -72,6 +73,7 @@ def view(receipt: dict[str, Any]) -> dict[str, Any]:
         "weighed": _weighed(plan, model, weight), "roles": by_role(plan, tied),
         "speed": _speed(receipt.get("speed") or {}, kind), "memory": _memory(receipt),
         "peak": (receipt.get("memory") or {}).get("peak_rss_bytes"),
+        "exits": _exits(receipt.get("exits") or {}), "exit_rows": exit_rows(receipt.get("exits") or {}),
         "completions": [_pair(c) for c in receipt.get("completions") or ()],
         "warnings": [*(receipt.get("warnings") or ()), *_busy(receipt.get("speed") or {}), *_notes(receipt)],
         "sites": _sites(plan, receipt.get("sites") or []), "unlisted": max(len(plan) - LISTED, 0),
@@ -112,6 +114,13 @@ def _summaries(receipt: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     names = (("PyTorch", "float"), ("second text, PyTorch", "second_domain"),
              (runtime_name(receipt), "runtime"))
     return [(name, plain(measured[key])) for name, key in names if measured.get(key)]
+
+
+def _exits(found: dict[str, Any]) -> list[Bar]:
+    """Samples by the block that they leave behind."""
+    left = found.get("left") or {}
+    total = max(sum(left.values()), 1)
+    return [Bar(f"after block {block}", f"{count:,}", 100 * count / total) for block, count in left.items()]
 
 
 def _weighed(plan: list[dict[str, Any]], model: dict[str, Any], weight: int) -> dict[str, list[Part]]:

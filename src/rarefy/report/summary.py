@@ -31,7 +31,7 @@ def summary(receipt: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     predicted = receipt.get("predicted_kl")
     if predicted is not None and math.isfinite(predicted) and final(receipt):
         rows.append((f"{kind.distance} predicted", words.nats(predicted)))
-    rows += _speed(receipt.get("speed") or {})
+    rows += _speed(receipt.get("speed") or {}) + exit_rows(receipt.get("exits") or {})
     if receipt.get("seconds"):
         rows.append(("time", words.duration(sum(receipt["seconds"].values()))))
     return verdict(receipt).headline, rows
@@ -49,6 +49,24 @@ def _speed(speed: dict[str, Any]) -> list[tuple[str, str]]:
             against = f", {words.times(ratio)} the original's speed" if ratio else ""
             rows.append((label, f"{words.three(now)} {unit}{against}"))
     return rows
+
+
+def exit_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where samples leave, what it costs and gains."""
+    if not found:
+        return []
+    whole = found["whole"]
+    left = ", ".join(f"{count} after {block}" for block, count in found["left"].items())
+    quality = f"{words.percent(found['same'])} of the answers are the whole network's"
+    if "accuracy" in found:
+        quality += f", accuracy {words.percent(found['accuracy'])} of {words.percent(whole['accuracy'])}"
+    rows = [("exits", f"{found['mean_blocks']:.2f} of {whole['mean_blocks']:g} blocks on average: {left}"),
+            ("answers", f"{quality} (may lose {words.percent(found['max_loss'])})")]
+    for size, seconds in found["seconds"].items():
+        faster = words.times(seconds["whole"] / seconds["exits"])
+        rows.append((f"speed, batch {size}", f"{faster} the whole network's: {1e3 * seconds['exits']:.3g} ms "
+                                             f"a sample instead of {1e3 * seconds['whole']:.3g}"))
+    return rows + ([("note", found["note"])] if found["note"] else [])
 
 
 def _task(found: dict[str, Any]) -> list[tuple[str, str]]:

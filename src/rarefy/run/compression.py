@@ -17,10 +17,12 @@ from rarefy.core.errors import BudgetError
 from rarefy.core.nodes import Node
 from rarefy.core.nouns import Budget, Recipe, Step
 from rarefy.measure.resources import Clock, bytes_on_disk, fingerprint, fingerprints, peak_rss
+from rarefy.models.network import Network
 from rarefy.planner.allocate import Plan, asked
 from rarefy.report.verdict import distance
 from rarefy.run.course import Course, State, check
 from rarefy.run.effort import Effort
+from rarefy.run.exits import add_exits
 from rarefy.run.journal import Journal, Sites
 from rarefy.run.planning import allocate, work_of
 from rarefy.run.progress import Progress
@@ -48,6 +50,7 @@ class Compression:
         self.last: tuple[Step, ...] = ()
         self.behind: tuple[Run, ...] = ()  # trainings after these leaves
         self.chosen: Plan = {}
+        self.exits: dict[str, Any] = {}
 
     def run(self, heard: list[str]) -> dict[str, Any]:
         """Everything up to the receipt."""
@@ -130,6 +133,12 @@ class Compression:
                 self.done = self._course(data).through(self.behind, self.done, len(recipe.steps))
         with self.progress.stage("export"), self.clock.stage("export"):
             self.destination.export(self.done.view.opened, self.done.trees, self.chosen, self.exported)
+        job, original = self.job, self.subject.opened
+        if job.recipe is not None and job.recipe.exits is not None:
+            assert isinstance(original, Network)
+            with self.progress.stage("exits") as stage, self.clock.stage("exits"):
+                self.exits = add_exits(job.recipe.exits, original, job.data, data.evaluation, self.exported,
+                                       job.seed, self.journal.work, stage)
         return sites
 
     def _swept(self, state: State, plan: Plan, data: Any, found: Survey, folder: Path) -> Sites:
@@ -167,7 +176,7 @@ class Compression:
                       for r in sites[site.path][1]],
             "swaps": [asdict(swap) | {"factor": swap.factor} for swap in found.swaps],
             "predicted_kl": damage(self.chosen), "measured": measured, "speed": beside.speed,
-            "lowered": beside.lowered,
+            "lowered": beside.lowered, **({"exits": self.exits} if self.exits else {}),
             "memory": {"peak_rss_bytes": peak_rss(), "runtime_rss_bytes": resident},
             "seconds": self.clock.seconds, "bytes": size, "completions": beside.completions,
             "missed": self._missed(size, limit, kl, found), "warnings": list(heard),

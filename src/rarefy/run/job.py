@@ -43,6 +43,7 @@ from rarefy.run.compression import (
     versions,
 )
 from rarefy.run.effort import effort_named
+from rarefy.run.exits import check_exits
 from rarefy.run.journal import Journal, written
 from rarefy.run.planning import allocate
 from rarefy.run.progress import Progress, Silent
@@ -141,6 +142,8 @@ def compress(job: Job, progress: Progress | None = None) -> Result:
             subject = subject_of(job.model, dequantize=job.dequantize)
             destination = destination_for(job.target, subject)
             subject.opened.verify()
+        if job.recipe is not None and job.recipe.exits is not None:
+            check_exits(job.recipe.exits, subject.opened, destination.target.name)
         possible(destination, subject.opened, job)
         with journal.opened(_key(job, subject, destination.target.name)):
             work = Compression(job, subject, destination, effort, journal, progress, clock)
@@ -157,7 +160,12 @@ def compress(job: Job, progress: Progress | None = None) -> Result:
 def run_recipe(path: Path, out: Path, progress: Progress | None = None, *, overwrite: bool = False,
                command: str = "") -> Result:
     """Do what a recipe says, then measure and report as ``compress`` does."""
-    recipe = read_recipe(path)
+    return do_recipe(read_recipe(path), out, progress, overwrite=overwrite, command=command)
+
+
+def do_recipe(recipe: Recipe, out: Path, progress: Progress | None = None, *, overwrite: bool = False,
+              command: str = "") -> Result:
+    """The same for a recipe in memory."""
     return compress(Job(recipe.model, out, target=recipe.target, effort=recipe.effort, data=recipe.data,
                         eval_data=recipe.eval_data, seed=recipe.seed, overwrite=overwrite,
                         dequantize=recipe.dequantize, command=command, recipe=recipe), progress)
@@ -195,7 +203,8 @@ def evaluate(out: Path, against: str | Model | Network, progress: Progress | Non
 
 def _key(job: Job, subject: Subject, target: str) -> dict[str, Any]:
     """Everything that decides the bits of the result."""
-    opened, refs = subject.opened, (*job.data, *job.eval_data)
+    opened, exits = subject.opened, None if job.recipe is None else job.recipe.exits
+    refs = (*job.data, *job.eval_data, *(() if exits is None else (*exits.data, *exits.calibration)))
     files = [fingerprint(path).as_dict() | {"path": path.name} for path in opened.source.files()]
     texts = [fingerprint(Path(ref)).as_dict() for ref in refs if isinstance(ref, str) and Path(ref).is_file()]
     settings = {name: getattr(job, name) for name in ("to", "max_kl", "effort", "seed")}

@@ -17,6 +17,12 @@ A step can also train what there is (``tune``), or prune or round while it train
 
       - technique: tune
         training: {moves: [everything], epochs: 2, rate: 1.0e-4, objectives: [soft_labels]}
+
+A classifier can get exits when all steps, if there are any, are done:
+
+    exits:
+      after: [1, 3]
+      max_loss: 1%
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rarefy.core.errors import RecipeError, did_you_mean
-from rarefy.core.nouns import Recipe, Step
+from rarefy.core.nouns import Exiting, Recipe, Step, share_of
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
@@ -73,10 +79,28 @@ class _StepFile(BaseModel):
         return (value,) if isinstance(value, str) else value
 
 
+class _ExitsFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    after: tuple[int, ...] = Field(min_length=1)
+    max_loss: float = 0.01
+    settings: dict[str, Any] = Field(default_factory=dict)
+    together: bool = False
+    data: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+    samples: int = Field(default=8000, ge=2)
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("max_loss", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        return share_of(value) if isinstance(value, str) else value
+
+
 class _RecipeFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str
-    steps: tuple[_StepFile, ...] = Field(min_length=1)
+    steps: tuple[_StepFile, ...] = ()
+    exits: _ExitsFile | None = None
     target: str = "auto"
     effort: str = "balanced"
     data: tuple[str, ...] = ()
@@ -99,8 +123,11 @@ def read_recipe(path: Path) -> Recipe:
         found = _RecipeFile.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{path}: {_first(error, raw)}") from None
+    if not found.steps and found.exits is None:
+        raise RecipeError(f"{path}: steps: there are none, and no exits; say what to do")
     plain = found.model_dump()
-    return Recipe(**{**plain, "steps": tuple(Step(**step) for step in plain["steps"])})
+    exits = None if found.exits is None else Exiting(**plain["exits"])
+    return Recipe(**{**plain, "steps": tuple(Step(**step) for step in plain["steps"]), "exits": exits})
 
 
 def _first(error: ValidationError, raw: dict[str, Any]) -> str:
@@ -108,8 +135,10 @@ def _first(error: ValidationError, raw: dict[str, Any]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        inside = first["loc"][0] == "steps" and len(first["loc"]) > 1
-        known = list((_StepFile if inside else _RecipeFile).model_fields)
+        kind: type[BaseModel] = _RecipeFile
+        if len(first["loc"]) > 1:
+            kind = _StepFile if first["loc"][0] == "steps" else _ExitsFile
+        known = list(kind.model_fields)
         return f"unknown key {where!r}{did_you_mean(str(first['loc'][-1]), known)}"
     return f"{where or 'recipe'}: {first['msg'].lower()}"
 
@@ -120,6 +149,10 @@ def write_recipe(recipe: Recipe) -> str:
     plain["steps"] = [{key: list(value) if isinstance(value, tuple) else value
                        for key, value in step.items() if value not in ({}, "")} for step in plain["steps"]]
     plain["data"], plain["eval_data"] = list(recipe.data), list(recipe.eval_data)
+    exits = plain.pop("exits")
+    if exits is not None:
+        plain["exits"] = {key: list(value) if isinstance(value, tuple) else value
+                          for key, value in exits.items() if value not in ({}, ())}
     text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
     return text
 

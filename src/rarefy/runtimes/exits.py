@@ -1,37 +1,49 @@
 """Run an encoder with exits: every sample leaves behind the first block that is sure of its answer.
 
-    exits = trained(network, examples, after=(1, 3))       heads that learnt from the network's own answer
+    exits = trained(network, examples, after=(1, 3))       heads that learnt, see ``exit_training``
     exits = exits.calibrated(EarlyExit(max_loss=0.01), others)
     logits, blocks = exits(inputs)                          blocks: how many each sample went through
+    save(exits, folder)                                     beside the network in a native folder
+    network = rarefy.load(folder)                           a module that leaves early
 
 Samples that left are taken out of the batch, and padding that only they needed with them, so blocks compute
 less. The network itself is not changed: its blocks are called one by one with what it hands to them, and
 what stands behind the last block sees the samples that came that far.
+
+The heads lie in ``exits.safetensors`` beside the weights; its header says where they stand, the rule and its
+threshold, and the hash of the weights that they were trained on.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from rarefy.calibration.examples import Examples
 from rarefy.core.errors import ModelError, RecipeError
 from rarefy.core.structure import ExitAnswers, ExitRule
+from rarefy.export.networks import EXITS, native_folder, opened, stored_trees
+from rarefy.formats.native import TREE
 from rarefy.models.form import MASK
 from rarefy.models.network import Network, call
+from rarefy.runtimes.torch import attach
 from rarefy.techniques.depth.early_exit import EarlyExit
-from rarefy.training.examples import Rows
-from rarefy.training.loop import Batch, Loss, Settings, Task, fit, held_out
 
 BATCH = 64
-TRAINING = Settings(epochs=30, rate=3e-3, batch=64, patience=3, decay=0.01, precision="float32")
+TIMED = 512  # samples that are timed
 
 
 class _Reached(Exception):
@@ -163,7 +175,7 @@ class Exits:
         """What every exit and the network say of all samples."""
         parts = []
         for inputs in examples.batches(BATCH):
-            caught, logits = _read(self.stepped, self.after, inputs)
+            caught, logits = read(self.stepped, self.after, inputs)
             parts.append(torch.stack([*(self.heads(k, each) for k, each in enumerate(caught)), logits]))
         return ExitAnswers(torch.cat(parts, 1), examples.labels)
 
@@ -172,58 +184,107 @@ class Exits:
         return replace(self, technique=technique, rule=technique.calibrated(self.answers(examples)))
 
 
-def trained(network: Network, examples: Examples, after: Sequence[int], settings: Settings = TRAINING
-            ) -> Exits:
-    """Exits behind some blocks, distilled from the network's own answer; the network stays as it is."""
+@dataclass
+class Answer(ModelOutput):  # type: ignore[misc]  # transformers has no types
+    """What a network with exits answers: logits [samples, classes]; through how many blocks each went."""
+
+    logits: Tensor | None = None
+    blocks: Tensor | None = None
+
+
+class Early(nn.Module):
+    """A network with exits as a module, called like the network it was made of."""
+
+    def __init__(self, exits: Exits) -> None:
+        super().__init__()
+        self.exits, self.config = exits, exits.stepped.network.config
+        self.network, self.heads = exits.stepped.network.module, exits.heads
+        self.lowered: dict[str, str] = {}
+
+    def forward(self, *, threshold: float | None = None, **inputs: Tensor) -> Answer:
+        """threshold: of certainty; another than the one that was calibrated."""
+        logits, blocks = self.exits(inputs, threshold)
+        return Answer(logits=logits, blocks=blocks)
+
+
+def places(stepped: Stepped, after: Sequence[int]) -> tuple[int, ...]:
+    """Where exits may stand, or RecipeError."""
+    network, total = stepped.network, len(stepped.blocks)
     if network.form.gives != "classes":
         raise ModelError(f"{network.name}: gives no classes, so no exit can be sure of one; put a head on it "
                          "(rarefy finetune)")
-    stepped, after = Stepped(network), tuple(after)
-    total = len(stepped.blocks)
     if not after or list(after) != sorted(set(after)) or not 0 <= after[0] <= after[-1] < total - 1:
         raise RecipeError(f"exits after {list(after)}: choose rising numbers of blocks from 0 to {total - 2}")
-    read, teacher = [], []
-    with torch.no_grad():
-        for inputs in examples.batches(BATCH):
-            caught, logits = _read(stepped, after, inputs)
-            read.append(torch.stack(caught, 1))
-            teacher.append(logits)
-    rows = Rows({"features": torch.cat(read), "teacher": torch.cat(teacher)})
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        heads = Heads(len(after), rows.tensors["features"].shape[-1] // 2, rows.tensors["teacher"].shape[1])
-    task = _Lesson(heads)
-    train, held = rows.split(0.1, settings.seed)
-    fit(task, train, settings, gate=held_out(task, held))
-    return Exits(stepped, after, heads.requires_grad_(False))
+    return tuple(after)
 
 
-class _Lesson(Task):
-    """Every head learns the network's own distribution: KL, summed over exits."""
+# ---- in a folder
 
-    def __init__(self, heads: Heads) -> None:
-        super().__init__()
-        self.heads = heads
+def save(exits: Exits, folder: Path | str) -> None:
+    """Put heads and rule beside the network in a native folder, replacing earlier ones."""
+    folder, rule = Path(folder), exits.rule
+    said = {"after": list(exits.after), "technique": asdict(exits.technique),
+            "rule": {**asdict(rule), "threshold": rule.threshold if math.isfinite(rule.threshold) else None},
+            "weights": _weights(folder)}
+    part = folder / f"{EXITS}.part"
+    save_file({name: value.contiguous() for name, value in exits.heads.state_dict().items()}, part,
+              {"exits": json.dumps(said)})
+    part.replace(folder / EXITS)
 
-    def forward(self, batch: Batch) -> Loss:
-        wanted = batch["teacher"].log_softmax(-1)
-        total = wanted.new_zeros(())
-        for place in range(batch["features"].shape[1]):
-            said = self.heads(place, batch["features"][:, place]).log_softmax(-1)
-            total = total + (wanted.exp() * (wanted - said)).sum()
-        return Loss(total, torch.tensor(float(len(wanted)), device=wanted.device))
 
+def load(ref: Path | str, *, fast: bool = False, exact: bool = False, tokens: int | None = None) -> Early:
+    """The network with exits in a native folder, or in that of a job.
+
+    fast: weights run by the fastest kernels, as ``runtimes.torch.attach`` (exact, tokens) chooses them.
+    """
+    folder, network = native_folder(ref), opened(ref)
+    if folder is None or not (folder / EXITS).is_file() or not isinstance(network, Network):
+        raise ModelError(f"{ref}: holds no network with exits; rarefy exits makes one")
+    lowered = attach(network.module, stored_trees(network), exact=exact, tokens=tokens) if fast else {}
+    early = Early(_held(folder, Stepped(network)))
+    early.lowered = lowered
+    return early
+
+
+def _held(folder: Path, stepped: Stepped) -> Exits:
+    """The exits in a folder; ModelError where they do not belong to the network."""
+    place = folder / EXITS
+    try:
+        with safe_open(place, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            said = json.loads(file.metadata()["exits"])
+        after, rule = places(stepped, said["after"]), said["rule"]
+        classes, width = tensors["last.0.weight"].shape
+        heads = Heads(len(after), width, classes)
+        heads.load_state_dict(tensors)
+        threshold = math.inf if rule["threshold"] is None else float(rule["threshold"])
+        found = Exits(stepped, after, heads.eval().requires_grad_(False), EarlyExit(**said["technique"]),
+                      ExitRule(**{**rule, "threshold": threshold}))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{place}: not the exits of this network ({str(error).splitlines()[0]}); make them "
+                         "again with rarefy exits") from None
+    if said.get("weights") != _weights(folder):
+        raise ModelError(f"{place}: was made for other weights than those beside it; make the exits again")
+    return found
+
+
+def _weights(folder: Path) -> str:
+    """The hash that a native folder has of its weights."""
+    return str(json.loads((folder / TREE).read_text(encoding="utf-8"))["sha256"])
+
+
+# ---- what they give
 
 def measured(exits: Exits, examples: Examples, batches: Sequence[int] = (1, 32), points: int = 9
              ) -> dict[str, Any]:
     """The distribution of exits, quality against mean depth, and wall clock beside the whole network's."""
     answers, technique = exits.answers(examples), exits.technique
-    places = torch.tensor([*(block + 1 for block in exits.after), len(exits.stepped.blocks)])
+    depths = torch.tensor([*(block + 1 for block in exits.after), len(exits.stepped.blocks)])
 
     def quality(threshold: float) -> dict[str, float]:
         leaves = technique.leaves(answers, threshold)
         given = answers.logits.argmax(-1).gather(0, leaves[None])[0]
-        found = {"threshold": threshold, "mean_blocks": float(places[leaves].float().mean()),
+        found = {"threshold": threshold, "mean_blocks": float(depths[leaves].float().mean()),
                  "same": float((given == answers.logits[-1].argmax(-1)).float().mean())}
         if answers.labels is not None:
             found["accuracy"] = float((given == answers.labels).float().mean())
@@ -233,7 +294,7 @@ def measured(exits: Exits, examples: Examples, batches: Sequence[int] = (1, 32),
     thresholds = [0.5 + 0.5 * k / (points - 1) for k in range(points)]
     return {"rule": technique.rule, "max_loss": technique.max_loss, **quality(exits.rule.threshold),
             "whole": quality(float("inf")), "note": exits.rule.note,
-            "left": {int(block): int((places[leaves] == block).sum()) for block in places},
+            "left": {int(block): int((depths[leaves] == block).sum()) for block in depths},
             "curve": [quality(threshold) for threshold in thresholds],
             "seconds": {size: _clock(exits, examples, size) for size in batches}}
 
@@ -241,19 +302,23 @@ def measured(exits: Exits, examples: Examples, batches: Sequence[int] = (1, 32),
 def _clock(exits: Exits, examples: Examples, size: int) -> dict[str, float]:
     """Seconds per sample, with exits and of the network itself, in turns."""
     found = {"exits": 0.0, "whole": 0.0}
-    network = exits.stepped.network
-    ways: dict[str, Callable[[Mapping[str, Tensor]], Any]] = {"exits": exits, "whole": network.run}
+    timed = examples.select(torch.linspace(0, len(examples) - 1, min(TIMED, len(examples))).long())
+    ways: dict[str, Callable[[Mapping[str, Tensor]], Any]] = {"exits": exits,
+                                                              "whole": exits.stepped.network.run}
     with torch.no_grad():
-        for inputs in [next(examples.batches(size)), *examples.batches(size)]:  # the first to warm up
+        for way in ways.values():  # to warm up
+            way(next(timed.batches(size)))
+        for inputs in timed.batches(size):
             for name, way in ways.items():
                 started = time.perf_counter()
                 way(inputs)
                 found[name] += time.perf_counter() - started
-    return {name: seconds / len(examples) for name, seconds in found.items()}
+    return {name: seconds / len(timed) for name, seconds in found.items()}
 
 
-def _read(stepped: Stepped, after: Sequence[int], inputs: Mapping[str, Tensor]
-          ) -> tuple[list[Tensor], Tensor]:
+@torch.no_grad()
+def read(stepped: Stepped, after: Sequence[int], inputs: Mapping[str, Tensor]
+         ) -> tuple[list[Tensor], Tensor]:
     """What heads read behind every exit, and the network's answer."""
     hidden, args, kwargs = stepped.enter(inputs)
     caught = []

@@ -1,0 +1,113 @@
+"""Exits as the last stage of a job: heads that learn, a threshold that samples vouch for, what it gains.
+
+Three sets of samples that share none: heads (and, ``together``, the network) learn from one, the threshold is
+chosen on the second, the third, which the whole job is judged on, is what the receipt reports.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rarefy.calibration.examples import Examples, read_examples
+from rarefy.core.errors import DataError, RecipeError, TargetError, did_you_mean
+from rarefy.core.nouns import Exiting, Step
+from rarefy.export.networks import export_network, opened, stored_trees
+from rarefy.models.model import Model
+from rarefy.models.network import Network
+from rarefy.run.planning import build_exit
+from rarefy.run.progress import Stage
+from rarefy.run.samples import joined
+from rarefy.run.target import Opened
+from rarefy.runtimes.exit_training import TOGETHER, TRAINING, together, trained
+from rarefy.runtimes.exits import Exits, Stepped, measured, places, save
+from rarefy.techniques.depth.early_exit import EarlyExit
+from rarefy.training.loop import Settings
+
+CALIBRATES = 0.2  # the share of the data that chooses the threshold, where no other data does
+BATCHES = (1, 32)
+
+
+def check_exits(asked: Exiting, model: Opened, target: str) -> None:
+    """Refuse what cannot work before any work is done."""
+    if target != "torch":
+        raise TargetError(f"{target}: exits run in PyTorch only; leave target out, or say torch")
+    if isinstance(model, Model):
+        raise RecipeError(f"{model.name}: exits in a recipe are for classifiers; a language model's are in "
+                          "rarefy.runtimes.decoding")
+    places(Stepped(model), asked.after)
+    _technique(asked)
+    _settings(asked, 0)
+
+
+def add_exits(asked: Exiting, original: Network, data: tuple[Any, ...], judged: Examples, path: Path,
+              seed: int, work: Path, stage: Stage) -> dict[str, Any]:
+    """Give the network in the native folder ``path`` exits, and measure them on ``judged``.
+
+    original: what it was made of. data: the recipe's.
+    """
+    train, calibration = _samples(asked, original, data, judged, seed)
+    network = opened(path)
+    assert isinstance(network, Network)
+    settings = _settings(asked, seed)
+    if asked.together:
+        stage.line(f"network and exits learn from {len(train)} samples")
+        heads, tuned = together(network, stored_trees(network), original, train, asked.after, settings,
+                                folder=work / "exits", advance=stage.advance)
+        again = path.with_name(f"{path.name}.learnt")
+        shutil.rmtree(again, ignore_errors=True)
+        export_network(network, tuned.trees, again, params=tuned.params)
+        shutil.rmtree(path)
+        again.rename(path)
+        network = opened(path)
+        assert isinstance(network, Network)
+        exits = Exits(Stepped(network), asked.after, heads)
+    else:
+        stage.line(f"exits learn from {len(train)} samples")
+        exits = trained(network, train, asked.after, settings)
+    exits = exits.calibrated(_technique(asked), calibration)
+    save(exits, path)
+    found = measured(exits, judged, [size for size in BATCHES if size <= len(judged)])
+    return {**found, "after": list(asked.after), "threshold": exits.rule.threshold,
+            "together": asked.together, "samples": {"learn": len(train), "calibrate": len(calibration),
+                                                    "judge": len(judged)}}
+
+
+def _samples(asked: Exiting, network: Network, data: tuple[Any, ...], judged: Examples, seed: int
+             ) -> tuple[Examples, Examples]:
+    """What is learnt from and what calibrates, nothing of it judged on."""
+    refs = asked.data or data
+    if not refs:
+        raise DataError("exits: no data to learn from; pass data")
+
+    def read(refs: tuple[Any, ...]) -> Examples:
+        share = -(-asked.samples // len(refs))
+        return joined([read_examples(network, ref, count=share, seed=seed) for ref in refs])
+
+    train = read(refs).apart_from(judged)
+    if asked.calibration:
+        calibration = read(asked.calibration).apart_from(judged)
+        train = train.apart_from(calibration)
+    else:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        aside = round(CALIBRATES * len(train))
+        train, calibration = train.select(order[aside:]), train.select(order[:aside])
+    if len(train) < 2 or not len(calibration):
+        raise DataError(f"exits: {len(train)} samples to learn from and {len(calibration)} to calibrate on, "
+                        "those that are judged on left out; pass more data")
+    return train, calibration
+
+
+def _technique(asked: Exiting) -> EarlyExit:
+    return build_exit(Step("early_exit", settings={**asked.settings, "max_loss": asked.max_loss}))
+
+
+def _settings(asked: Exiting, seed: int) -> Settings:
+    start, known = TOGETHER if asked.together else TRAINING, list(Settings.__dataclass_fields__)
+    wrong = [name for name in asked.training if name not in known]
+    if wrong:
+        raise RecipeError(f"exits: training has no setting {wrong[0]!r}{did_you_mean(wrong[0], known)}")
+    return Settings(**{**vars(start), "seed": seed, **asked.training})
