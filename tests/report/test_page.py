@@ -152,6 +152,31 @@ def test_map_of_a_large_model_stays_light(receipt: dict[str, Any]) -> None:
     assert "receipt.json has all" in html
 
 
+def test_says_what_was_done_before_the_weights(receipt: dict[str, Any]) -> None:
+    """Neurons left out, blocks dropped, heads grouped, channels scaled or left alone, each with why."""
+    assert "Before any weight" not in render(receipt)
+    none = {"seconds": 0.1, "format": ""}
+    receipt["axes"] = [
+        {"site": "model.layers.3.mlp.down_proj.weight", "technique": "units", "bits_before": 16_000_000,
+         "bits_after": 12_000_000, "error": 0.0417, "note": "512 of 2048 neurons left out", **none},
+        {"site": "model.layers.7", "technique": "drop", "bits_before": 80_000_000, "bits_after": 0,
+         "error": float("nan"), "note": "left out at a cost of 0.021", **none},
+        {"site": "model.layers.0.self_attn.k_proj.weight", "technique": "grouped", "bits_before": 4_000_000,
+         "bits_after": 1_000_000, "error": 0.2, "note": "4 heads of keys and values became 1", **none},
+        {"site": "model.layers.0.input_layernorm", "technique": "smoothquant", "bits_before": 0,
+         "bits_after": 0, "error": None, "note": "", **none},
+        {"site": "encoder.layer.0.output.LayerNorm", "technique": "awq", "bits_before": 0, "bits_after": 0,
+         "error": None, "note": "left as it is: a residual <connection> adds it", **none}]
+    words = Page(render(receipt)).words
+    for fact in ("channels, heads and blocks (5)", "512 of 2048 neurons left out 2 MB 1.5 MB 4.2%",
+                 "left out at a cost of 0.021 10 MB 0 B –", "4 heads of keys and values became 1",
+                 "smoothquant changed; what it computes stays – – –", "a residual <connection> adds it"):
+        assert fact in words, fact
+    receipt["axes"] = receipt["axes"] * 300
+    html = render(receipt)
+    assert "600 of 1500; receipt.json has all" in html
+
+
 def test_completions_part_where_they_differ(receipt: dict[str, Any]) -> None:
     html = render(receipt)
     assert "Paris. It is the largest city in <mark>the country" in html

@@ -77,6 +77,8 @@ def view(receipt: dict[str, Any]) -> dict[str, Any]:
         "completions": [_pair(c) for c in receipt.get("completions") or ()],
         "warnings": [*(receipt.get("warnings") or ()), *_busy(receipt.get("speed") or {}), *_notes(receipt)],
         "sites": _sites(plan, receipt.get("sites") or []), "unlisted": max(len(plan) - LISTED, 0),
+        "axes": _axes(receipt.get("axes") or []),
+        "unlisted_axes": max(len(receipt.get("axes") or ()) - LISTED, 0),
         "seconds": _seconds(receipt.get("seconds") or {}), "bands": _band_list(kind),
         "bits_per_weight": 8 * weight / model["weights"] if model.get("weights") else None,
     }
@@ -252,6 +254,17 @@ def _sites(plan: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict
                      "technique": step.get("technique", ""), "note": step.get("note", ""),
                      "shape": " × ".join(str(n) for n in row.get("shape") or ())})
     return rows
+
+
+def _axes(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was done to channels, heads and blocks before any weight was rewritten, step by step.
+
+    Bits are None where a step neither adds nor saves a number (channels scaled or rotated).
+    """
+    return [{"site": step["site"], "technique": step["technique"], "note": step.get("note", ""),
+             "error": _number(step.get("error")),
+             "bits": (step["bits_before"] / 8, step["bits_after"] / 8) if step["bits_before"] else None}
+            for step in steps[:LISTED]]
 
 
 def _seconds(seconds: dict[str, float]) -> list[Bar]:
