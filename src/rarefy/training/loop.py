@@ -243,7 +243,7 @@ class _Run:
         self.task.to(device)
         self.model: Any = self.accelerator.prepare_model(self.task)
         self.optimizer = torch.optim.AdamW(_groups(self.task, self.settings), self.settings.rate,
-                                           betas=(0.9, 0.98), eps=1e-8)
+                                           betas=(0.9, 0.98), eps=1e-8, fused=True)
         self._resume(device)
         with _noise_kept():
             while self.step < self.total and not self.stopped:
