@@ -103,8 +103,9 @@ def said(results: Mapping[str, list[dict[str, Any]]]) -> str:
     drift = max(row["drift"] for each in results.values() for row in each)
     many = "one seed" if seeds == 1 else f"{seeds} seeds (medians)"
     return (f"The teacher is MiniLM-L6 fine-tuned on SST-2, {many}. Half of the teacher's numbers are word "
-            "embeddings; they are counted everywhere. Accuracy is on the 872 test sentences, as ONNX Runtime computes it from the "
-            f"file. The teacher's own time varied by up to {drift:.0%} while it was measured.")
+            "embeddings; they are counted everywhere. Accuracy is on the 872 test sentences, as ONNX Runtime "
+            "computes it from the file. The teacher's own time varied by up to "
+            f"{drift:.0%} while it was measured.")
 
 
 def rows(results: Mapping[str, list[dict[str, Any]]]) -> str:
