@@ -126,12 +126,6 @@ def test_what_a_target_has_no_form_for_is_said(tiny_encoder: Path, tmp_path: Pat
     assert "onnxruntime has no form as small for 2 weights" in done.receipt["warnings"][0]
 
 
-def test_language_models_are_shown_the_way(tiny_gemma3: Path, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"pass --for llama.cpp or --for torch, or .* transformers"):
-        compress(Job(str(tiny_gemma3), tmp_path / "out", to="40%", target="onnxruntime"), Silent())
-    assert not (tmp_path / "out").exists()
-
-
 def test_missing_package_is_one_line(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                      ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -334,16 +334,19 @@ class _Writer:
         """The whole file."""
         onnx, source = onnx_package(), self.program.proto.graph
         absorbed: set[str] = set()
+        for name, given in self.program.inputs.items():
+            self.graph.add("Identity", given, name=name)
         for node in source.node:
             if node.name in absorbed or node.output[0] in self.reading.turned:
                 continue
             absorbed |= self._place(node)
-        self.graph.add("Identity", self._read(self.program.answer, chained=True), name=self.program.key)
-        self._keep_needed(source)
-        output = onnx.ValueInfoProto()
-        output.CopyFrom(source.output[0])
-        output.name = self.program.key
-        made = onnx.helper.make_graph(self.graph.nodes, "rarefy", list(source.input), [output],
+        answers = {self.program.key: self.program.answer, **self.program.others}
+        for name, value in answers.items():
+            self.graph.add("Identity", self._read(value, chained=True), name=name)
+        self._keep_needed(source, set(answers))
+        inputs = [_called(each, self.program.inputs.get(each.name, each.name)) for each in source.input]
+        outputs = [_called(each, name) for each, name in zip(source.output, answers, strict=False)]
+        made = onnx.helper.make_graph(self.graph.nodes, "rarefy", inputs, outputs,
                                       list(self.graph.constants.values()))
         domains = [onnx.helper.make_opsetid("", OPSET)]
         if any(node.domain == MICROSOFT for node in self.graph.nodes):
@@ -470,9 +473,9 @@ class _Writer:
         held = self.graph.constants.get(name, self.reading.initial.get(name))
         return torch.from_numpy(np.array(onnx_package().numpy_helper.to_array(held)))
 
-    def _keep_needed(self, source: Any) -> None:
+    def _keep_needed(self, source: Any, needed: set[str]) -> None:
         """Drop what nothing reads any more, and bring the stored numbers that something still reads."""
-        needed, kept = {self.program.key}, []
+        kept = []
         for node in reversed(self.graph.nodes):
             if needed & set(node.output):
                 needed |= set(node.input)
@@ -485,6 +488,14 @@ class _Writer:
                     self.graph.constant(each.name, self.params[each.name].float())
                 else:
                     self.graph.constants[each.name] = each
+
+
+def _called(value: Any, name: str) -> Any:
+    """The declaration of an input or output under another name."""
+    copy = type(value)()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
 
 
 def _window(node: Any, site: Site) -> Window:

@@ -34,7 +34,8 @@ Change = Callable[[str, Tensor], Tensor]
 @dataclass(frozen=True, eq=False)
 class Program:
     """``exported`` and ``proto`` are one graph. sites: by path. answer: name of the value that is the answer.
-    key: what the network calls it."""
+    key: what the network calls it. others: further answers, their values by the names that a file gives them;
+    inputs: names that a file gives its inputs, by those of the graph, where they differ."""
 
     exported: Any
     proto: Any
@@ -42,6 +43,8 @@ class Program:
     answer: str
     key: str
     shared: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reads(self) -> dict[str, str]:
@@ -113,30 +116,36 @@ def _activation(node: Node) -> int:
 def trace(module: nn.Module, inputs: Values, dynamic: tuple[int, ...] = (0,)) -> Program:
     """The program of a network in eval mode. inputs: an example, by name, or one that is passed by position
     (named ``"0"``). dynamic: their axes that may have any length."""
-    onnx_package()
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise TargetError(f"tracing a network into ONNX needs the package onnxscript; {PIP}") from None
     example = {name: _two(values) for name, values in inputs.items()}
     shapes = {name: {axis: torch.export.Dim.DYNAMIC for axis in dynamic if axis < values.ndim}
               for name, values in example.items()}
     args = tuple(values for name, values in example.items() if name == TENSOR)
     named = {name: values for name, values in example.items() if name != TENSOR}
+    with _quiet(), torch.no_grad():
+        key = _key(call(module, example, {}))
+    made = traced(module, args, named, tuple(shapes.values()) if args else shapes)
+    found, _ = map_network(module)
+    proto = made.model_proto
+    return Program(made.exported_program, proto, found.by_path, proto.graph.output[0].name, key, found.shared)
+
+
+def traced(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], shapes: Any) -> Any:
+    """What PyTorch's exporter makes of a call; TargetError when it cannot."""
+    onnx_package()
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise TargetError(f"tracing a network into ONNX needs the package onnxscript; {PIP}") from None
     with _quiet():
         try:
-            key = _key(call(module, example, {}))
-            made = torch.onnx.export(module, args, kwargs=named or None, dynamo=True, optimize=False,
-                                     verbose=False, opset_version=OPSET,
-                                     dynamic_shapes=tuple(shapes.values()) if args else shapes)
+            made = torch.onnx.export(module, args, kwargs=dict(named) or None, dynamo=True, optimize=False,
+                                     verbose=False, opset_version=OPSET, dynamic_shapes=shapes)
         except Exception as error:  # noqa: BLE001  whatever the exporter trips over
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TargetError(f"{type(module).__name__}: torch.export cannot trace it ({first[:200]}); "
                               "branches that depend on data have to be rewritten") from None
     assert made is not None
-    found, _ = map_network(module)
-    proto = made.model_proto
-    return Program(made.exported_program, proto, found.by_path, proto.graph.output[0].name, key, found.shared)
+    return made
 
 
 def _two(values: Tensor) -> Tensor:

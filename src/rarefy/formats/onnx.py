@@ -31,6 +31,8 @@ Compute = Literal["float", "dynamic", "static"]
 MICROSOFT = "com.microsoft"
 OPSET = 21  # DequantizeLinear of 4-bit integers; everything else is older
 PIP = "pip install 'rarefy[onnx]'"
+MIDDLE = 128  # the code of zero where rows of activations are rounded
+LEAST = 1e-30  # of the largest activation of a row: no division by zero
 BLOCKS = (16, 32, 64, 128, 256)  # columns under one scale that MatMulNBits knows
 
 
@@ -235,9 +237,9 @@ def linear(graph: Graph, x: str, node: Node, name: str, compute: Compute = "floa
     if found is not None and block is not None:
         return _blockwise(graph, x, found, block, name)
     match node:
-        case Dense(values=values) if values.dtype == torch.float32:
+        case Dense(values=values) if values.dtype == torch.float32 and name not in graph.constants:
             return graph.add("MatMul", x, graph.constant(name, values.T))
-        case _:
+        case _:  # a head that is the embedding too is turned when the runtime loads it
             return graph.add("MatMul", x, graph.add("Transpose", weight(graph, node, name), perm=[1, 0]))
 
 
@@ -248,17 +250,43 @@ def computable(node: Node) -> bool:
 
 
 def _integer_linear(graph: Graph, x: str, found: Integers, name: str, compute: Compute) -> str:
-    codes = graph.constant(f"{name}.codes", signed(found.codes).T)
     scale = graph.constant(f"{name}.scale", found.scale[:, 0])
     if compute == "static":
+        codes = graph.constant(f"{name}.codes", signed(found.codes).T)
         zero = graph.constant(f"{name}.zero", np.zeros(len(found.scale), np.int8))
         return graph.add("MatMul", x, graph.add("DequantizeLinear", codes, scale, zero, axis=1))
+    return _by_token(graph, x, graph.constant(f"{name}.codes", signed(found.codes).T), scale, name)
+
+
+def _by_token(graph: Graph, x: str, codes: str, scale: str, name: str) -> str:
+    """``x W^T`` in integers: every row of ``x`` is rounded with a scale of its own. codes: int8 [in, out];
+    scale: of each output."""
+    onnx = onnx_package()
     rounded = graph.made.get((x, "rounded"))
     if rounded is None:  # q, k and v round their input once
-        first = graph.add("DynamicQuantizeLinear", x, outputs=3)
-        rounded = graph.made[(x, "rounded")] = (first, f"{first}.1", f"{first}.2")
-    product = graph.add("MatMulInteger", rounded[0], codes, rounded[2])
-    return graph.add("Mul", as_float(graph, product), graph.add("Mul", rounded[1], scale))
+        rounded = graph.made[(x, "rounded")] = _rounded_rows(graph, x)
+    middle = graph.constant("rarefy.middle", np.array(MIDDLE, np.uint8))
+    if graph.contrib:
+        one = graph.constant("rarefy.one", np.array(1, np.float32))
+        product = graph.add("MatMulIntegerToFloat", rounded[0], codes, one, scale, middle, domain=MICROSOFT)
+    else:
+        product = graph.add("MatMulInteger", rounded[0], codes, middle)
+        product = graph.add("Mul", graph.add("Cast", product, to=onnx.TensorProto.FLOAT), scale)
+    return graph.add("Mul", product, rounded[1])
+
+
+def _rounded_rows(graph: Graph, x: str) -> tuple[str, str]:
+    """Codes of ``x`` [.., in], uint8 around ``MIDDLE``, and the scale of each row [.., 1]."""
+    last = graph.constant("rarefy.last", [-1])
+    largest = graph.add("ReduceMax", graph.add("Abs", x), last)
+    largest = graph.add("Max", largest, graph.constant("rarefy.least", np.array(LEAST, np.float32)))
+    scale = graph.add("Mul", largest, graph.constant("rarefy.step", np.array(1 / 127, np.float32)))
+    rows = graph.add("Flatten", x, axis=-1)
+    steps = graph.add("Reshape", scale, last)
+    zeros = graph.add("Expand", graph.constant("rarefy.middle", np.array(MIDDLE, np.uint8)),
+                      graph.add("Shape", steps))
+    codes = graph.add("QuantizeLinear", rows, steps, zeros, axis=0)
+    return graph.add("Reshape", codes, graph.add("Shape", x)), scale
 
 
 def _block(found: Integers) -> int | None:
@@ -387,12 +415,17 @@ def embedding(graph: Graph, index: str, node: Node, name: str) -> str:
 
 
 def _integer_rows(graph: Graph, index: str, found: Integers, name: str) -> str:
-    """Bytes of the rows asked for, taken apart there: a table of 4-bit codes is never unpacked whole."""
-    columns = found.codes.shape[1]
-    data = graph.constant(f"{name}.codes", packed(found.codes, found.bits))
-    codes = graph.add("Gather", data, index, axis=0)
+    """Bytes of the rows asked for, taken apart there: a table of 4-bit codes is never unpacked whole.
+
+    Codes and scales lie as ``MatMulNBits`` has them, so that a head which is the same matrix shares them.
+    """
+    rows, columns = found.codes.shape
+    data = packed(found.codes, found.bits)
+    if _block(found) == found.group:
+        data = data.reshape(rows, columns // found.group, -1)
+    codes = graph.add("Gather", graph.constant(f"{name}.codes", data), index, axis=0)
+    last, parts = graph.constant(f"{name}.last", [-1]), []
     if found.bits < 8:
-        last, parts = graph.constant(f"{name}.last", [-1]), []
         mask = graph.constant(f"{name}.mask", np.array((1 << found.bits) - 1, np.uint8))
         for shift in range(0, 8, found.bits):
             by = graph.constant(f"{name}.shift{shift}", np.array(shift, np.uint8))
@@ -409,10 +442,10 @@ def _integer_rows(graph: Graph, index: str, found: Integers, name: str) -> str:
         middle = graph.constant(f"{name}.zero", np.array(1 << (found.bits - 1), np.float32))
         values = graph.add("Sub", values, middle)
     else:
-        zero = graph.constant(f"{name}.zero", found.zero.unsqueeze(-1))
-        values = graph.add("Sub", values, graph.add("Gather", zero, flat_index, axis=0))
-    scale = graph.constant(f"{name}.scale", found.scale.unsqueeze(-1))
-    values = graph.add("Mul", values, graph.add("Gather", scale, flat_index, axis=0))
+        zero = graph.add("Gather", graph.constant(f"{name}.zero", found.zero), flat_index, axis=0)
+        values = graph.add("Sub", values, graph.add("Unsqueeze", zero, last))
+    scale = graph.add("Gather", graph.constant(f"{name}.scale", found.scale), flat_index, axis=0)
+    values = graph.add("Mul", values, graph.add("Unsqueeze", scale, last))
     return graph.add("Reshape", values, shape)
 
 

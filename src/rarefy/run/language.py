@@ -116,8 +116,8 @@ class Language:
         places = torch.linspace(0, tokens.shape[1] - 1, min(positions, tokens.shape[1])).long()
         runner, answers, originals = Runner(self.opened), [], []
         for window in tokens.split(1):
-            out: Any = candidate(input_ids=window, use_cache=False)
-            answers.append(out.logits[0, places].float().log_softmax(-1))
+            out: Any = candidate(input_ids=window, logits_to_keep=places, use_cache=False)
+            answers.append(out.logits[0].float().log_softmax(-1))
             originals.append(log_probs(runner, window, places)[0])
         at = torch.arange(len(tokens)).repeat_interleave(len(places))
         found = compare_tables(torch.cat(originals), torch.cat(answers), window=at)

@@ -14,17 +14,20 @@ from rarefy.models.families import FAMILIES
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
+from rarefy.run.engines import ENGINES
 from rarefy.run.language import Language
 from rarefy.run.samples import Samples
 from rarefy.run.subject import Subject
 from rarefy.run.target import Destination
+from rarefy.run.to_decoder import Writing
 from rarefy.run.to_llamacpp import LlamaCpp
-from rarefy.run.to_onnx import ENGINES, Traced
+from rarefy.run.to_onnx import Traced
 from rarefy.run.to_torch import Torch
 
 AUTO = "auto"
 _ALL: tuple[Destination, ...] = (LlamaCpp(), Torch(), *(Traced(engine) for engine in ENGINES))
 TARGETS: dict[str, Destination] = {each.target.name: each for each in _ALL}
+WRITING: dict[str, Destination] = {each.target.name: each for each in map(Writing, ENGINES)}
 
 
 def subject_of(model: str | Path | Model | Network, *, dequantize: bool = False) -> Subject:
@@ -66,9 +69,16 @@ def named(target: str) -> Destination | None:
 
 def destination_for(target: str, subject: Subject) -> Destination:
     """The target for a model; TargetError when it does not run such models, or is missing here."""
-    found = named(target) or TARGETS[subject.usual]
+    found = suited(named(target) or TARGETS[subject.usual], subject)
     found.accepts(subject)
     found.ready()
+    return found
+
+
+def suited(found: Destination, subject: Subject) -> Destination:
+    """The same target as it takes this kind of network: graphs of language models have a cache."""
+    if isinstance(subject.opened, Model):
+        return WRITING.get(found.target.name, found)
     return found
 
 

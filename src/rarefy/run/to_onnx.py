@@ -1,8 +1,6 @@
 """The targets onnxruntime and openvino: a network as a traced graph, with the codes of its trees in it.
 
-Both load integers of a few bits (ONNX Runtime 2, 4 and 8, OpenVINO 4 and 8), floats, and low rank as two
-products; what else a recipe asks for goes over as larger numbers, and is said. Bytes are foreseen by building
-each weight's piece of the graph and weighing it, and the rest by exporting a stand-in with other codes.
+Bytes of weights are foreseen by ``engines``, the rest by exporting a stand-in with other codes.
 
 Where every input of a layer can be rounded to 8 bits as well, integers multiply faster than floats. That is
 done when it moves answers on calibration samples by no more than the weights did, or by hardly anything.
@@ -24,13 +22,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rarefy.core.errors import ModelError, RecipeError, TargetError, did_you_mean
-from rarefy.core.nodes import Dense, Node, Product
-from rarefy.core.nouns import Choice, Option, Step, Target
-from rarefy.core.tensors import Tucker
-from rarefy.export.onnx import ONNXRUNTIME, Exported, OnnxSettings, export_onnx
-from rarefy.export.openvino import OPENVINO, export_openvino
-from rarefy.export.pieces import Use, codes_like, float_bytes, grid_bytes, piece, runs, uses_of, weighed
+from rarefy.core.errors import ModelError, TargetError
+from rarefy.core.nodes import Node
+from rarefy.core.nouns import Choice, Option, Step
+from rarefy.export.onnx import Exported, OnnxSettings, export_onnx
+from rarefy.export.pieces import Use, codes_like, grid_bytes, runs, uses_of
 from rarefy.export.program import METHODS, Program, trace
 from rarefy.formats.onnx import Compute
 from rarefy.measure.resources import bytes_on_disk
@@ -38,55 +34,24 @@ from rarefy.measure.task import Judge
 from rarefy.models.form import MASK
 from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, Network
-from rarefy.numerics.grids import Grid, integer_grid_named
+from rarefy.numerics.grids import integer_grid_named
 from rarefy.planner.allocate import Plan
 from rarefy.report.verdict import distance
 from rarefy.run.effort import Effort
-from rarefy.run.planning import grid_named
+from rarefy.run.engines import INSIDE, Engine
 from rarefy.run.progress import Stage
 from rarefy.run.samples import Samples, Shown, some
 from rarefy.run.subject import Subject
 from rarefy.run.target import Beside, Destination, Opened
-from rarefy.run.to_torch import FLOATS, TREE, outline
 from rarefy.runtimes.bench import Timed, compare
-from rarefy.runtimes.session import Session, require
+from rarefy.runtimes.session import Session
 from rarefy.runtimes.verify import verify
 
-INSIDE = "model"  # the folder of the graph, with whatever prepares its inputs
-FOUR = ("int4", "int4z", "int4-g32", "int4z-g32", "int4-g64", "int4-g128")
-TWO = ("int2z-g16", "int2z-g32")
 SMALL = 0.002     # KL or cosine distance that rounding activations may cost in any case
 AGREEMENT = 0.02  # the same, between the runtime and our own reading of the file
 BROKEN = 0.05     # the same, to the original, from where on last bits decide answers
 CHOSEN, RANGES, BATCH = 256, 128, 32  # samples to choose by, samples to find ranges on, of them at once
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What sets the two apart. packages: what must be installed. file: in the folder of the export. contrib:
-    may use ONNX Runtime's own operators. grids: what it stores without padding codes."""
-
-    target: Target
-    packages: tuple[str, ...]
-    write: Callable[..., Exported]
-    file: str
-    contrib: bool
-    grids: tuple[str, ...]
-
-    def computes(self, network: Network) -> tuple[Compute, ...]:
-        """How activations could be rounded, the fastest first."""
-        if not self.contrib:
-            return ("static",)
-        return ("static", "dynamic") if any(s.kernel for s in network.map.sites) else ("dynamic",)
-
-
-ENGINES = (
-    Engine(replace(ONNXRUNTIME, formats=(TREE, "int8", *FOUR, *TWO, *FLOATS)),
-           ("onnx", "onnxscript", "onnxruntime"), export_onnx, "model.onnx", True, ("int8", *FOUR, *TWO)),
-    Engine(replace(OPENVINO, formats=(TREE, "int8", *FOUR, "float32")),
-           ("onnx", "onnxscript", "openvino"), export_openvino, "model.xml", False, ("int8", *FOUR)),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +73,7 @@ class Traced:
         self._made: _Made | None = None
 
     def ready(self) -> None:
-        for package in self.engine.packages:
-            require(package)
+        self.engine.ready()
 
     def accepts(self, subject: Subject) -> None:
         self._network(subject.opened)
@@ -123,54 +87,22 @@ class Traced:
     # ---- formats
 
     def choices(self, opened: Opened, site: Site) -> dict[str, Choice]:
-        uses, contrib = self._uses(opened, site), self.engine.contrib
-        found = {TREE: Choice(None, 0)}
-        for name in self.engine.grids:
-            grid = integer_grid_named(name)
-            assert grid is not None
-            if _fits(grid, site, uses):
-                found[name] = Choice(grid, grid_bytes(site, grid, uses, contrib=contrib))
-        for dtype in dict.fromkeys((self._factors(uses), torch.float32)):
-            name = str(dtype).removeprefix("torch.")
-            found[name] = Choice(dtype, float_bytes(site, dtype, uses, contrib=contrib))
-        return found
-
-    def _factors(self, uses: tuple[Use, ...]) -> torch.dtype:
-        """The smallest floats that stay as they are: OpenVINO's conversion unfolds 16 bits, and so does
-        folding BatchNorm into a convolution."""
-        convolved = any(use.kind == "Conv" for use in uses)
-        return torch.float16 if self.engine.contrib and not convolved else torch.float32
+        return self.engine.choices(site, self._uses(opened, site))
 
     def held(self, opened: Opened, site: Site, option: Option) -> Option | None:
-        """Of trees, low rank: masks are stored as zeros, and codebooks without their coding."""
-        if option.format != TREE:
-            return option
-        uses = self._uses(opened, site)
-        tree = _low_rank(site, uses, option.steps[0], self._factors(uses))
-        return None if tree is None else replace(option, bytes=weighed(
-            piece(tree, site, uses, contrib=self.engine.contrib)))
+        return self.engine.held(site, self._uses(opened, site), option)
 
     def untouched(self, opened: Opened, site: Site) -> Option:
-        size = float_bytes(site, torch.float32, self._uses(opened, site), contrib=self.engine.contrib)
-        return Option(site.path, "float32", size, 0.0)
+        return self.engine.untouched(site, self._uses(opened, site))
 
     def asked(self, opened: Opened, site: Site, steps: Sequence[Step]) -> Option:
-        """Bytes are known when it is done."""
-        if not steps:
-            return self.untouched(opened, site)
-        for step in steps:
-            if step.format and step.format not in self.target.formats and grid_named(step.format) is None:
-                known = list(self.target.formats)
-                raise RecipeError(f"{site.path}: format {step.format!r} is unknown"
-                                  f"{did_you_mean(step.format, known)}; choose one of {', '.join(known)}")
-        return Option(site.path, TREE, 0, float("nan"), tuple(steps))
+        return self.engine.asked(site, self._uses(opened, site), steps)
 
     def shown(self, option: Option, tree: Node | None) -> Option:
         if tree is None or self._made is None:
             return option
         site, network = self._made.network.map.by_path[option.site], self._made.network
-        made = piece(tree, site, self._uses(network, site), contrib=self.engine.contrib)
-        return replace(option, format=outline(tree), bytes=weighed(made))
+        return self.engine.shown(site, self._uses(network, site), option, tree)
 
     # ---- sizes
 
@@ -203,7 +135,7 @@ class Traced:
             own = sum(grid_bytes(site, grid, self._uses(network, site), contrib=contrib) for site in sites)
             with tempfile.TemporaryDirectory() as folder:
                 place = Path(folder)
-                rounded = OnnxSettings(self.engine.computes(network)[0])
+                rounded = OnnxSettings(self._computes(network)[0])
                 self._write(network, stand_in, place / "small", rounded)
                 self._write(network, {}, place / "original", OnnxSettings())
                 small, original = bytes_on_disk(place / "small"), bytes_on_disk(place / "original")
@@ -274,10 +206,7 @@ class Traced:
         return Beside({**_speed(*rows), "tokens": length}, lowered=self._lowered())
 
     def how_to_run(self, out: Path) -> list[str]:
-        file = self.place(out) / self.engine.file
-        made = {"onnxruntime": f"onnxruntime.InferenceSession('{file}')",
-                "openvino": f"openvino.Core().compile_model('{file}', 'CPU')"}[self.target.name]
-        return [f"python -c \"import {self.target.name}; network = {made}\""]
+        return [self.engine.opens(str(self.place(out) / self.engine.file))]
 
     # ---- graphs
 
@@ -287,6 +216,12 @@ class Traced:
         raise TargetError(f"{opened.name}: a causal language model, which would be a graph without its cache "
                           f"for {self.target.name}; pass --for llama.cpp or --for torch, or write a "
                           "checkpoint with rarefy export --for transformers")
+
+    def _computes(self, network: Network) -> tuple[Compute, ...]:
+        """How activations could be rounded, the fastest first."""
+        if not self.engine.contrib:
+            return ("static",)
+        return ("static", "dynamic") if any(s.kernel for s in network.map.sites) else ("dynamic",)
 
     def _uses(self, opened: Opened, site: Site) -> tuple[Use, ...]:
         return uses_of(self._network(opened).users(site.path))
@@ -322,7 +257,7 @@ class Traced:
         judge = Judge(network, replace(some(self.shown_to.calibration, CHOSEN), labels=None))
         moved = judge.compare(network, trees.get).mean
         with tempfile.TemporaryDirectory() as folder:
-            for compute in self.engine.computes(network):
+            for compute in self._computes(network):
                 tried = []
                 for method in METHODS if compute == "static" else METHODS[:1]:
                     settings = replace(plain, compute=compute, ranges=method)
@@ -371,30 +306,6 @@ class Asking(nn.Module):
 def _named(key: str, values: Tensor) -> Any:
     """An answer as the network itself gives it."""
     return values if key == "output" else {key: values}
-
-
-def _fits(grid: Grid, site: Site, uses: tuple[Use, ...]) -> bool:
-    """Whether rows divide into groups. Convolutions in integers hold symmetric codes of few bits under one
-    scale in 8 bits, so those are not for them."""
-    if any(use.kind == "Conv" for use in uses) and grid.name == "int4grow":
-        return False
-    return site.shape[1] % (grid.block or 1) == 0 and grid.block < site.shape[1]
-
-
-def _low_rank(site: Site, uses: tuple[Use, ...], step: Step, dtype: torch.dtype) -> Node | None:
-    """A tree of the form that a planned step gives, its factors in ``dtype``; None: it is no smaller."""
-    def factor(*shape: int) -> Node:
-        return Dense(torch.zeros(shape, dtype=dtype))
-
-    out, columns = site.shape
-    match step.technique, step.settings.get("rank"):
-        case "svd_llm", int(rank):
-            return Product(factor(out, rank), factor(rank, columns))
-        case "tucker", [int(a), int(b)] if all(use.groups == 1 for use in uses):
-            channels, *window = site.kernel
-            return Tucker(factor(out, a), factor(a, b * prod(window)), factor(channels, b), tuple(window))
-        case _:
-            return None
 
 
 def _activations(settings: OnnxSettings) -> str:

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rarefy.core.errors import TargetError, did_you_mean
 from rarefy.runtimes.child import Input
-from rarefy.runtimes.session import Latency, Session
+from rarefy.runtimes.llamacpp import Memory
+from rarefy.runtimes.session import Latency, Session, Written
+
+K = TypeVar("K")
 
 ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 BATCHES = (1, 8)
@@ -65,15 +69,72 @@ def compare(paths: Sequence[Path], *, batches: Sequence[int] = BATCHES, length: 
             calls: int = 10, threads: int | None = None) -> list[Timed]:
     """Time files in turns; the first is what the others are compared with. length: tokens of a text."""
     with ExitStack() as stack:
-        sessions, loads = [], []
-        for path in paths:
-            started = time.perf_counter()
-            session = Session(path, engine_of(path), threads=threads, exact=False)
-            sessions.append(stack.enter_context(session))
-            loads.append(time.perf_counter() - started)
+        sessions, loads = _opened(stack, paths, threads)
         seconds = {batch: _visits(sessions, batch, length, visits, calls) for batch in batches}
         peaks = [session.memory().peak for session in sessions]
     return [_timed(k, session, loads[k], peaks[k], seconds) for k, session in enumerate(sessions)]
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """One file of a language model. bytes: on disk; memory: of its process; load: seconds until it could
+    answer; prefill, decode: tokens a second; ratio, spread: as of ``Timed``, for both."""
+
+    path: Path
+    runtime: str
+    bytes: int
+    memory: Memory
+    load: float
+    prefill: float
+    decode: float
+    ratio: dict[str, float]
+    spread: dict[str, float]
+
+
+def compare_writers(paths: Sequence[Path], *, prompt: int = 256, count: int = 32, visits: int = 5,
+                    threads: int | None = None) -> list[Wrote]:
+    """Time language models in turns: reading ``prompt`` tokens, and writing ``count`` more one by one."""
+    tokens = torch.arange(5, 5 + prompt)
+    with ExitStack() as stack:
+        sessions, loads = _opened(stack, paths, threads)
+        for session in sessions:
+            session.write(tokens[:8], 2)  # warm
+        taken: list[list[Written]] = [[] for _ in sessions]
+        for visit in range(visits + 1):
+            for k, session in enumerate(sessions):
+                if visit < visits or k == 0:
+                    taken[k].append(session.write(tokens, count + 1))
+        memory = [session.memory() for session in sessions]
+    seconds = {"prefill": [[[each.prefill] for each in own] for own in taken],
+               "decode": [[list(each.decode) for each in own] for own in taken]}
+    rows = []
+    for k, session in enumerate(sessions):
+        ratio, spread = _ratios(k, seconds)
+        middle = {key: statistics.median(second for visit in own[k] for second in visit)
+                  for key, own in seconds.items()}
+        rows.append(Wrote(session.path, session.version, bytes_of(session.path), memory[k], loads[k],
+                          prompt / middle["prefill"], 1 / middle["decode"], ratio, spread))
+    return rows
+
+
+def _opened(stack: ExitStack, paths: Sequence[Path], threads: int | None
+            ) -> tuple[list[Session], list[float]]:
+    """Every file in its runtime, which rounds as it would by itself, and the seconds that took."""
+    sessions, loads = [], []
+    for path in paths:
+        started = time.perf_counter()
+        session = Session(path, engine_of(path), threads=threads, exact=False)
+        sessions.append(stack.enter_context(session))
+        loads.append(time.perf_counter() - started)
+    return sessions, loads
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of a file and of the numbers that lie beside it, or of a folder."""
+    if path.is_dir():
+        return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    beside = (path.with_suffix(".bin"), path.with_name(path.name + ".data"))
+    return sum(each.stat().st_size for each in (path, *(each for each in beside if each.exists())))
 
 
 def _visits(sessions: Sequence[Session], batch: int, length: int, visits: int,
@@ -92,15 +153,19 @@ def _visits(sessions: Sequence[Session], batch: int, length: int, visits: int,
 
 def _timed(k: int, session: Session, load: float, peak: int,
            seconds: dict[int, list[list[list[float]]]]) -> Timed:
-    latency, ratio, spread = {}, {}, {}
-    for batch, taken in seconds.items():
+    ratio, spread = _ratios(k, seconds)
+    latency = {batch: Latency.of([second for visit in taken[k] for second in visit])
+               for batch, taken in seconds.items()}
+    return Timed(session.path, session.version, bytes_of(session.path), peak, load, latency, ratio, spread)
+
+
+def _ratios(k: int, seconds: Mapping[K, list[list[list[float]]]]) -> tuple[dict[K, float], dict[K, float]]:
+    """How many times faster than the first a file is, and the spread, from its calls by visit."""
+    ratio, spread = {}, {}
+    for key, taken in seconds.items():
         medians = [[statistics.median(visit) for visit in each] for each in taken]
         around = [(a + b) / 2 for a, b in zip(medians[0], medians[0][1:], strict=False)]
         ratios = [first / own for first, own in zip(around, medians[k], strict=False)]
-        latency[batch] = Latency.of([second for visit in taken[k] for second in visit])
-        ratio[batch] = statistics.median(ratios)
-        spread[batch] = (max(ratios) - min(ratios)) / ratio[batch]
-    beside = (session.path.with_suffix(".bin"), session.path.with_name(session.path.name + ".data"))
-    files = (session.path, *(each for each in beside if each.exists()))
-    size = sum(each.stat().st_size for each in files)
-    return Timed(session.path, session.version, size, peak, load, latency, ratio, spread)
+        ratio[key] = statistics.median(ratios)
+        spread[key] = (max(ratios) - min(ratios)) / ratio[key]
+    return ratio, spread

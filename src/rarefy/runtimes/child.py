@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,18 @@ class Engine(Protocol):
     inputs: tuple[Input, ...]
 
     def run(self, inputs: Arrays) -> Arrays: ...
+
+
+class Decoder(Protocol):
+    """What an engine can do besides when the network is a language model with a cache."""
+
+    def begin(self) -> None:
+        """Forget all tokens."""
+        ...
+
+    def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits [new, vocabulary] of tokens [new] that follow those before."""
+        ...
 
 
 def packed(arrays: Arrays) -> tuple[list[dict[str, Any]], bytes]:
@@ -70,8 +82,41 @@ def answer(engine: Engine, request: dict[str, Any], payload: bytes) -> tuple[dic
                 engine.run(inputs)
                 seconds.append(time.perf_counter() - started)
             return {"seconds": seconds}, b""
+        case "read":
+            told, raw = packed({"logits": read(cast(Decoder, engine), request, payload)})
+            return {"arrays": told}, raw
+        case "write":
+            return write(cast(Decoder, engine), unpacked(request["arrays"], payload)["tokens"],
+                         request["count"]), b""
         case _:
             return dict(memory()), b""
+
+
+def read(decoder: Decoder, request: dict[str, Any], payload: bytes) -> NDArray[np.float32]:
+    """Logits at the positions ``at`` of a text that is read in pieces: those before each of ``cuts``, the
+    rest."""
+    tokens = unpacked(request["arrays"], payload)["tokens"]
+    at, found, start = np.array(request["at"]), [], 0
+    decoder.begin()
+    for part in np.split(tokens, request["cuts"]):
+        logits = decoder.step(part)
+        found.append(logits[at[(at >= start) & (at < start + len(part))] - start])
+        start += len(part)
+    return np.concatenate(found)
+
+
+def write(decoder: Decoder, tokens: NDArray[np.int64], count: int) -> dict[str, Any]:
+    """``count`` likeliest tokens after a text, and the seconds that reading and each further step took."""
+    written: list[int] = []
+    seconds = []
+    decoder.begin()
+    given = tokens
+    for _ in range(count):
+        started = time.perf_counter()
+        given = decoder.step(given)[-1:].argmax(-1)
+        seconds.append(time.perf_counter() - started)
+        written.append(int(given[0]))
+    return {"written": written, "seconds": seconds}
 
 
 def serve(opened: Callable[[str, int, bool], Engine]) -> int:

@@ -56,6 +56,15 @@ class Latency:
         return cls(1000 * statistics.median(seconds), 1000 * float(np.quantile(seconds, 0.95)), len(seconds))
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a language model wrote. prefill: seconds until its first token; decode: of each further one."""
+
+    tokens: tuple[int, ...]
+    prefill: float
+    decode: tuple[float, ...]
+
+
 class Session:
     """One file in one runtime (``onnxruntime``, ``openvino`` or ``torch``). Use as a context manager.
 
@@ -68,7 +77,7 @@ class Session:
                  timeout: float = TIMEOUT) -> None:
         require(engine)
         self.path, self.engine, self.timeout = Path(path), engine, timeout
-        if not self.path.is_file():
+        if not self.path.exists():
             raise TargetError(f"{self.path}: there is no such file to run in {engine}")
         self._overdue = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
@@ -111,6 +120,19 @@ class Session:
     def latency(self, inputs: Mapping[str, Tensor], count: int = 20) -> list[float]:
         """Seconds of each of ``count`` calls in a row."""
         return list(self._ask("latency", inputs, count=count)[0]["seconds"])
+
+    def read(self, tokens: Tensor, at: Sequence[int], cuts: Sequence[int] = ()) -> Tensor:
+        """Logits [at, vocabulary] of a language model at some positions, in order, of one text.
+
+        cuts: where the text is cut into pieces that are read one after the other, through the cache.
+        """
+        header, payload = self._ask("read", {"tokens": tokens.reshape(-1)}, at=list(at), cuts=list(cuts))
+        return torch.from_numpy(unpacked(header["arrays"], payload)["logits"].copy())
+
+    def write(self, tokens: Tensor, count: int) -> Written:
+        """The ``count`` likeliest tokens after a text, one after the other."""
+        header, _ = self._ask("write", {"tokens": tokens.reshape(-1)}, count=count)
+        return Written(tuple(header["written"]), header["seconds"][0], tuple(header["seconds"][1:]))
 
     def memory(self) -> Memory:
         """What the child process takes."""
