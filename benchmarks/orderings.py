@@ -4,10 +4,10 @@ before plain?
     python benchmarks/orderings.py --data DATA --work WORK --gemma HF_FOLDER
 
 Every matrix of every block of the language model is edited by one technique, nothing is trained afterwards,
-and all techniques of a comparison keep as many weights or numbers. Techniques that look at inputs see those
-that arrive behind the blocks edited before, as a job has it (``DATA/wikitext2/valid.txt``); all are judged on
-the same windows of ``test.raw.txt``, with half of a window as context. Results are kept in
-WORK/orderings.json.
+and all techniques of a comparison keep as many weights or numbers. Techniques that look at inputs see the same
+ones, those of the original (``DATA/wikitext2/valid.txt``), gathered once; a job gathers them anew behind every
+block it has edited. All are judged on the same windows of ``test.raw.txt``, with half of a window as context.
+Results are kept in WORK/orderings.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from harness import Ledger, fingerprint, folder_sha256, table, write_page
 from rarefy.core.nodes import Node
-from rarefy.core.nouns import Evidence, Receipt, Step
+from rarefy.core.nouns import Receipt, Step
 from rarefy.measure.divergence import Reference
 from rarefy.models.model import Model
 from rarefy.models.opening import open_any
@@ -33,16 +33,12 @@ from rarefy.run.language import Language
 from rarefy.run.planning import build
 from rarefy.run.progress import Silent
 from rarefy.run.sweep import Work, rewrite
-from techniques import source_of, step
+from techniques import recorded, source_of, step
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "orderings.md"
 COMMAND = "python benchmarks/orderings.py --data DATA --work WORK --gemma HF_FOLDER"
-EFFORT = replace(effort_named("quick"), length=512, survey=4, calibration=16, evaluation=6)
+EFFORT = replace(effort_named("quick"), length=512, survey=4, calibration=16, evaluation=5)
 CONTEXT = 256  # positions of a window that are not judged
-
-Store = dict[str, tuple[Node, tuple[Receipt, ...]]]
-
-
 def pruned(**settings: Any) -> tuple[Step, ...]:
     return tuple(step(name, **settings) for name in ("magnitude", "wanda", "sparsegpt"))
 
@@ -70,34 +66,24 @@ class Subject:
         seen, judged = str(texts / "valid.txt"), str(texts / "test.raw.txt")
         self.data: Data = self.language.gather((seen,), (judged,), EFFORT, 0, Silent())
         self.reference = Reference(self.model, self.data.evaluation, skip=CONTEXT)
-        self.seen = {found.site.path: found.evidence for found in self.language.survey(
+        self.sites = tuple(site for site in self.model.map.sites if site.block is not None)
+        foreseen = {found.site.path: found.evidence for found in self.language.survey(
             self.data, EFFORT, torch.Generator().manual_seed(0), lambda done, total: None)}
+        self.seen = recorded(self.language, self.sites, self.data, foreseen)
 
     def measure(self, asked: Step | None) -> dict[str, Any]:
         """The distance to the original of the model after one step at every matrix of its blocks."""
-        store = {} if asked is None else self.edited(asked)
-        weights = sum(site.shape[0] * site.shape[1] for site in self.model.map.sites if site.path in store)
-
-        def current(path: str) -> Node | None:
-            return store[path][0] if path in store else None
-
-        found = asdict(self.reference.compare(Runner(self.model, current)))
-        errors = [receipts[-1].error for _, receipts in store.values()]
-        return {**found, "error": sum(errors) / max(len(errors), 1),
-                "notes": sorted({receipts[-1].note for _, receipts in store.values()} - {""}),
-                "bpw": sum(tree.bits() for tree, _ in store.values()) / max(weights, 1)}
-
-    def edited(self, asked: Step) -> Store:
-        technique, store = build(asked), Store()
-        work = Work(((asked.technique, technique),))
-        sites = [site for site in self.model.map.sites if site.block is not None]
-        if not technique.needs:
-            return {site.path: rewrite(self.model, site, work, None, 0) for site in sites}
-        fishers = {path: each.fisher for path, each in self.seen.items() if each.fisher is not None}
-        nothing: dict[str, Evidence] = {}
-        self.language.sweep({site.path: work for site in sites}, self.data, nothing, fishers, store, 0,
-                            EFFORT, lambda done, total: None)
-        return store
+        done: dict[str, tuple[Node, tuple[Receipt, ...]]] = {}
+        if asked is not None:
+            work = Work(((asked.technique, build(asked)),))
+            done = {site.path: rewrite(self.model, site, work, self.seen[site.path], 0) for site in self.sites}
+        trees = {path: tree for path, (tree, _) in done.items()}
+        found = asdict(self.reference.compare(Runner(self.model, trees.get)))
+        weights = sum(site.shape[0] * site.shape[1] for site in self.sites)
+        errors = [receipts[-1].error for _, receipts in done.values()]
+        return {**found, "bpw": sum(tree.bits() for tree in trees.values()) / weights,
+                "error": sum(errors) / max(len(errors), 1),
+                "notes": sorted({receipts[-1].note for _, receipts in done.values()} - {""})}
 
 
 def section(title: str, names: list[str], found: list[dict[str, Any]], original: dict[str, Any]) -> list[str]:

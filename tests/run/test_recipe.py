@@ -10,8 +10,8 @@ from rarefy.core.errors import RecipeError
 from rarefy.core.nouns import Option, Recipe, Step
 from rarefy.models.model import open_model
 from rarefy.run.effort import effort_named
-from rarefy.run.planning import affordable, chain
-from rarefy.run.recipe import matching, plan_of, read_recipe, write_recipe
+from rarefy.run.planning import affordable, chain, grid_named, structures, techniques, trainers, transforms
+from rarefy.run.recipe import matching, plan_of, read_recipe, split, write_recipe
 from rarefy.run.to_llamacpp import LlamaCpp
 
 GOOD = """
@@ -86,3 +86,22 @@ def test_quick_refines_only_where_a_recipe_asks_for_it() -> None:
     assert planned["balanced"].steps == steps
     asked = dict(chain(steps, "Q4_0", effort_named("quick")))
     assert asked["quantease"].sweeps == 1
+
+
+RECIPES = [path for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+           if "steps:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_of_this_repository_can_be_read(path: Path, tmp_path: Path) -> None:
+    """Steps in an order that is possible, with settings that there are, and the same recipe again."""
+    recipe = read_recipe(path)
+    (tmp_path / "again.yaml").write_text(write_recipe(recipe))
+    assert read_recipe(tmp_path / "again.yaml") == recipe
+    whole, rest = split(recipe.steps)
+    assert whole + rest == recipe.steps
+    known = {**techniques(), **transforms(), **structures(), **trainers()}
+    for step in recipe.steps:
+        if step.technique != "tune":  # what trains has settings of its own
+            assert set(step.settings) <= set(known[step.technique].__dataclass_fields__)
+        assert not step.format or grid_named(step.format) is not None or step.format.startswith("float")
