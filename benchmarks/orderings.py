@@ -4,10 +4,10 @@ before plain?
     python benchmarks/orderings.py --data DATA --work WORK --gemma HF_FOLDER
 
 Every matrix of every block of the language model is edited by one technique, nothing is trained afterwards,
-and all techniques of a comparison keep as many weights or numbers. Techniques that look at inputs see the same
-ones, those of the original (``DATA/wikitext2/valid.txt``), gathered once; a job gathers them anew behind every
-block it has edited. All are judged on the same windows of ``test.raw.txt``, with half of a window as context.
-Results are kept in WORK/orderings.json.
+and all techniques of a comparison keep as many weights or numbers. Techniques that look at inputs see the
+same ones, those of the original (``DATA/wikitext2/valid.txt``), gathered once; a job gathers them anew behind
+every block it has edited. All are judged on the same windows of ``test.raw.txt``, with half of a window as
+context. Results are kept in WORK/orderings.json.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Subject:
         """The distance to the original of the model after one step at every matrix of its blocks."""
         done: dict[str, tuple[Node, tuple[Receipt, ...]]] = {}
         if asked is not None:
-            work = Work(((asked.technique, build(asked)),))
-            done = {site.path: rewrite(self.model, site, work, self.seen[site.path], 0) for site in self.sites}
+            work, seen = Work(((asked.technique, build(asked)),)), self.seen
+            done = {site.path: rewrite(self.model, site, work, seen[site.path], 0) for site in self.sites}
         trees = {path: tree for path, (tree, _) in done.items()}
         found = asdict(self.reference.compare(Runner(self.model, trees.get)))
         weights = sum(site.shape[0] * site.shape[1] for site in self.sites)

@@ -2,11 +2,10 @@
 
     python benchmarks/recipes.py --data DATA --work WORK [--model MODEL] [RECIPE.yaml ...]
 
-Every recipe of ``recipes/`` that trains nothing and has a model of its own, or those that are named, is run as
-it stands but for its data: ``DATA/sst2/train.tsv`` to calibrate (and train) on, ``test.tsv`` to be judged by
-(columns sentence, label), and ``--model`` where it is given. Two plain ones stand beside them: all of the
-blocks in 8 bits, and in 4. Results are kept in WORK/recipes.json under a hash of the recipe and of the
-package's source.
+Every recipe of ``recipes/`` that trains nothing, or those that are named, is run as it stands but for its
+data: ``DATA/sst2/train.tsv`` to calibrate (and train) on, ``test.tsv`` to be judged by (columns sentence,
+label), and ``--model`` where it is given. Two plain ones stand beside them: all of the blocks in 8 bits, and
+in 4. Results are kept in WORK/recipes.json under a hash of the recipe and of the package's source.
 """
 
 from __future__ import annotations
