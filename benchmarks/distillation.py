@@ -1,6 +1,6 @@
 """Distillation, and distillation with pruning and quantization, on SST-2: size, speed and accuracy together.
 
-    python benchmarks/distillation.py --data DATA --work WORK [--seeds 3] [--effort balanced]
+    python benchmarks/distillation.py --data DATA --work WORK [--seeds 3] [--epochs 2]
 
 DATA holds ``sst2/train.tsv``, ``dev.tsv``, ``test.tsv``. The teacher is a fine-tuned MiniLM-L6; the students
 are what two recipes of this repository make of it, as ``rarefy run`` does, for ONNX Runtime:
@@ -46,23 +46,26 @@ def main() -> None:
     parser.add_argument("--effort", default="balanced")
     parser.add_argument("--only", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     given = parser.parse_args()
-    found, ledger = sst2.Tables(given.data, given.work), Ledger(given.work / "distillation.json")
+    found = sst2.Tables(given.data, given.work, given.epochs)
+    ledger = Ledger(given.work / "distillation.json")
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(given.seeds):
         for name in given.only:
             place = ROOT / "recipes" / f"{RECIPES[name]}.yaml"
-            key = fingerprint(name, seed, given.effort, sha256(place), source_sha256(*SOURCES))
+            key = fingerprint(name, seed, given.effort, given.epochs, sha256(place),
+                              source_sha256(*SOURCES))
             if ledger.get(key) is None:
                 ledger.put(key, run(name, placed(read_recipe(place), found, seed, given.effort), found))
                 print(name, seed, ledger.get(key), flush=True)
             results.setdefault(name, []).append(ledger.get(key))
     write_page(PAGE, "Distillation on SST-2", "python benchmarks/distillation.py",
-               [said(results), rows(results), verdict(results)])
+               [said(results, given.epochs), rows(results), verdict(results)])
 
 
 def placed(recipe: Recipe, found: sst2.Tables, seed: int, effort: str) -> Recipe:
     """A recipe of the repository on this teacher and these tables."""
-    steps = tuple(replace(step, training={**step.training, "held": found.dev}) if step.training else step
+    own = {"held": found.dev, "epochs": found.epochs}
+    steps = tuple(replace(step, training={**step.training, **own}) if step.training else step
                   for step in recipe.steps)
     return replace(recipe, model=str(sst2.teacher(found)), steps=steps, data=(found.train,),
                    eval_data=(found.test,), seed=seed, effort=effort)
@@ -97,12 +100,13 @@ def kept(results: list[dict[str, Any]]) -> float:
     return statistics.median(each["accuracy"] / each["accuracy_original"] for each in results)
 
 
-def said(results: Mapping[str, list[dict[str, Any]]]) -> str:
+def said(results: Mapping[str, list[dict[str, Any]]], epochs: float) -> str:
     """What was done, in words."""
     seeds = min(len(each) for each in results.values())
     drift = max(row["drift"] for each in results.values() for row in each)
     many = "one seed" if seeds == 1 else f"{seeds} seeds (medians)"
-    return (f"The teacher is MiniLM-L6 fine-tuned on SST-2, {many}. Half of the teacher's numbers are word "
+    return (f"The teacher is MiniLM-L6 fine-tuned on SST-2; it and its students see the training sentences "
+            f"{epochs:g} times; {many}. Half of the teacher's numbers are word "
             "embeddings; they are counted everywhere. Accuracy is on the 872 test sentences, as ONNX Runtime "
             "computes it from the file. The teacher's own time varied by up to "
             f"{drift:.0%} while it was measured.")

@@ -1,6 +1,6 @@
 """Pruning while a network learns its task: movement, gradual magnitude and one-shot magnitude, on SST-2.
 
-    python benchmarks/pruning_in_training.py --data DATA --work WORK [--seeds 3] [--steps 1200]
+    python benchmarks/pruning_in_training.py --data DATA --work WORK [--seeds 3] [--steps 2500]
 
 DATA holds ``sst2/train.tsv``, ``dev.tsv``, ``test.tsv``. Every row starts from the same pre-trained encoder
 under the same new head, takes the same steps on the same batches towards the same loss (the labels and the
@@ -48,14 +48,16 @@ def main() -> None:
     """Run what the ledger does not hold; write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     sst2.tables(parser)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2500)
     given = parser.parse_args()
-    found, ledger = sst2.Tables(given.data, given.work), Ledger(given.work / "pruning_in_training.json")
+    found = sst2.Tables(given.data, given.work, given.epochs)
+    ledger = Ledger(given.work / "pruning_in_training.json")
     results: dict[tuple[str, float], list[dict[str, float]]] = {}
     for seed in range(given.seeds):
         for remaining in REMAINING:
             for method in METHODS:
-                key = fingerprint(method, remaining, seed, given.steps, EVERY, source_sha256(*SOURCES))
+                key = fingerprint(method, remaining, seed, given.steps, given.epochs, EVERY,
+                                  source_sha256(*SOURCES))
                 if ledger.get(key) is None:
                     ledger.put(key, run(method, remaining, seed, given.steps, found))
                     print(method, remaining, seed, ledger.get(key), flush=True)

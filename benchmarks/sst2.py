@@ -1,8 +1,8 @@
 """SST-2 for the benchmarks of training: tables, one teacher for all of them, accuracy.
 
 The teacher is MiniLM-L6 (``all-minilm-l6-v2``) under a new head, all weights fine-tuned on the training
-sentences, the best of three states on the development sentences kept. It is trained once and lies in
-WORK/teacher.
+sentences for as long as its students will be, the best of three states on the development sentences kept. It
+is trained once and lies in WORK/teacher-EPOCHS.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from rarefy.training.signals import inputs_of
 from rarefy.training.teacher import answered
 
 MODEL = "all-minilm-l6-v2"
-TEACHER = Settings(epochs=1.5, batch=64, rate=2e-4, gate_every=474)
+BATCH, RATE, GATES = 64, 2e-4, 3
+SENTENCES = 60_614
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The three tables, and where results go."""
+    """The three tables, where results go, and how often the training sentences are seen."""
 
     folder: Path
     work: Path
+    epochs: float
 
     @property
     def train(self) -> str:
@@ -54,13 +56,16 @@ def tables(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with sst2/{train,dev,test}.tsv")
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=2.0, help="of the teacher, and of its students")
 
 
 def teacher(found: Tables) -> Path:
     """The folder of the fine-tuned teacher, trained if it is not there."""
-    out = found.work / "teacher"
+    out = found.work / f"teacher-{found.epochs:g}"
     if not (out / "receipt.json").is_file():
-        train(Training(MODEL, out, (found.train,), (found.dev,), settings=TEACHER))
+        every = round(found.epochs * SENTENCES / BATCH / GATES)
+        settings = Settings(epochs=found.epochs, batch=BATCH, rate=RATE, gate_every=every)
+        train(Training(MODEL, out, (found.train,), (found.dev,), settings=settings))
     return out
 
 
