@@ -127,7 +127,7 @@ def _low_rank(site: Site, uses: Uses, step: Step, dtype: torch.dtype) -> Node | 
 
     out, columns = site.shape
     match step.technique, step.settings.get("rank"):
-        case "svd_llm", int(rank):
+        case "svd_llm" | "fwsvd", int(rank):
             return Product(factor(out, rank), factor(rank, columns))
         case "tucker", [int(a), int(b)] if all(use.groups == 1 for use in uses):
             channels, *window = site.kernel
