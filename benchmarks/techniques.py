@@ -24,6 +24,7 @@ import copy
 import math
 import re
 import shutil
+import statistics
 import sys
 import time
 from collections import Counter
@@ -209,15 +210,17 @@ def judge_of(subject: Subject, shown: Any) -> Callable[[nn.Module], dict[str, An
     windows, positions = EFFORT.positions
     tokens = shown.evaluation[:windows]
     places = torch.linspace(1, tokens.shape[1] - 1, positions).long()
-    answers = log_probs(Runner(subject.opened), tokens, places).flatten(0, 1)  # type: ignore[arg-type]
-    at = torch.arange(len(tokens)).repeat_interleave(len(places))
+    answers = log_probs(Runner(subject.opened), tokens, places)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def judge_text(module: Any) -> dict[str, Any]:
-        found = torch.cat([module(input_ids=window, use_cache=False, logits_to_keep=places).logits[0]
-                           for window in tokens.split(1)]).float().log_softmax(-1)
-        summary = compare_tables(answers, found, window=at)
-        return {"kl_mean": summary.kl_mean, "kl_stderr": summary.kl_stderr, "top1": summary.top1}
+        found = []  # a window at a time: tables are as wide as the vocabulary
+        for window, wanted in zip(tokens.split(1), answers, strict=True):
+            logits = module(input_ids=window, use_cache=False, logits_to_keep=places).logits[0]
+            found.append(compare_tables(wanted, logits.float().log_softmax(-1)))
+        moved = [each.kl_mean for each in found]
+        return {"kl_mean": statistics.mean(moved), "kl_stderr": statistics.stdev(moved) / len(moved)**0.5,
+                "top1": statistics.mean(each.top1 for each in found)}
 
     return judge_text
 
@@ -373,7 +376,7 @@ def row(name: str, found: Mapping[str, Any]) -> list[str]:
     if not found["edited"]:
         return [name, *["refused"] + [""] * 8, next(iter(found["refused"].values()), "")]
     measured = found["measured"]
-    moved = next(value for key, value in measured.items() if key in ("kl_mean", "distance_mean"))
+    moved = next(max(value, 0.0) for key, value in measured.items() if key in ("kl_mean", "distance_mean"))
     kept = measured["task"]["accuracy"] if "task" in measured else measured.get("top1", math.nan)
     ways = Counter(smaller(how) for how in found["ways"]).most_common()
     said = "; ".join(f"{how} ({count})" if len(ways) > 1 else how for how, count in ways)
