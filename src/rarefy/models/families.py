@@ -132,6 +132,13 @@ def head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def window_of(config: Any, block: int) -> int | None:
+    """How many tokens a block looks back (None: to the beginning)."""
+    kinds = getattr(config, "layer_types", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    return None if kinds is not None and kinds[block] != "sliding_attention" else window
+
+
 _ATTENTION = (Matrix("self_attn.q_proj", "q", "attn_q"), Matrix("self_attn.k_proj", "k", "attn_k"),
               Matrix("self_attn.v_proj", "v", "attn_v"), Matrix("self_attn.o_proj", "o", "attn_output"))
 _MLP = (Matrix("mlp.gate_proj", "gate", "ffn_gate"), Matrix("mlp.up_proj", "up", "ffn_up"),

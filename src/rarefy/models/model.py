@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rarefy.core.errors import ModelError, did_you_mean
 from rarefy.formats.gguf import read_gguf
+from rarefy.models.attending import obeyed
 from rarefy.models.families import Family, family_of, family_of_gguf
 from rarefy.models.folders import (
     HUB_ID,
@@ -131,8 +132,9 @@ def _layout(config: Any) -> Any:
     # transformers' fused attention drops the soft cap of Gemma 2
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        network = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
+    return obeyed(network)
 
 
 def _check_blocks(name: str, source: Source, family: Family, config: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from rarefy.core.errors import ModelError, did_you_mean
+from rarefy.models.attending import obeyed
 from rarefy.models.families import FAMILIES
 from rarefy.models.folders import (
     HUB_ID,
@@ -35,7 +36,7 @@ from rarefy.models.model import Model, fill_buffers, open_model
 from rarefy.models.network import Network
 from rarefy.models.sources import SafetensorsSource, Source, in_one_line, read_json
 
-TEXT = ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "albert", "electra")
+TEXT = ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "albert", "electra", "mobilebert")
 IMAGES = ("resnet", "mobilenet_v2", "efficientnet", "convnext")
 BARE, CLASSES, PICTURES = "AutoModel", "AutoModelForSequenceClassification", "AutoModelForImageClassification"
 LENGTH = 128  # tokens of a text at most, where the model does not say
@@ -127,7 +128,7 @@ def laid_out(config: Any, kind: Any, name: str, *, pooler: bool = True) -> Any:
     except Exception as error:  # noqa: BLE001  whatever an impossible configuration trips over
         raise ModelError(f"{name}: config.json describes no possible network ({in_one_line(error)}); "
                          "take the config.json that came with the weights") from None
-    return fill_buffers(module).eval().requires_grad_(False)
+    return obeyed(fill_buffers(module)).eval().requires_grad_(False)
 
 
 def fill(module: nn.Module, source: Source, name: str) -> None:

@@ -30,6 +30,7 @@ from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.planner.allocate import Plan
 from rarefy.report.page import render
+from rarefy.run.attention import check_attention
 from rarefy.run.compression import (
     Compression,
     about,
@@ -142,6 +143,8 @@ def compress(job: Job, progress: Progress | None = None) -> Result:
             subject = subject_of(job.model, dequantize=job.dequantize)
             destination = destination_for(job.target, subject)
             subject.opened.verify()
+        if job.recipe is not None:
+            check_attention(job.recipe, destination.target.name)
         if job.recipe is not None and job.recipe.exits is not None:
             check_exits(job.recipe.exits, subject.opened, destination.target.name)
         possible(destination, subject.opened, job)

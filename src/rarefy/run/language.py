@@ -19,6 +19,7 @@ from rarefy.measure.divergence import Reference, compare_tables, log_probs
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.runner import Override, Runner
+from rarefy.run.attention import attended
 from rarefy.run.data import Data, evaluation_windows, gather
 from rarefy.run.effort import Effort
 from rarefy.run.progress import Progress, Stage
@@ -63,11 +64,14 @@ class Language:
 
     def reshaped(self, recipe: Recipe, effort: Effort, data: Data, advance: Advance
                  ) -> tuple[Subject, tuple[Receipt, ...]]:
-        if not split(recipe.steps)[0]:
+        whole = split(recipe.steps)[0]
+        if not whole:
             return self, ()
-        smaller = reshaped(self.opened, recipe, data.calibration, advance)
+        model, changed = attended(self.opened, whole)
+        assert isinstance(model, Model)
+        smaller = reshaped(model, recipe, data.calibration, advance)
         done = rescaled(smaller.model, recipe, effort, data.calibration, advance)
-        return Language(done.model), smaller.receipts + done.receipts
+        return Language(done.model), changed + smaller.receipts + done.receipts
 
     def survey(self, data: Data, effort: Effort, generator: torch.Generator, advance: Advance
                ) -> Iterator[Seen]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import rarefy.techniques
+from rarefy.core.attention import Attending
 from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
@@ -57,6 +58,11 @@ def structures() -> dict[str, type[Any]]:
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "structure"}
 
 
+def attentions() -> dict[str, type[Any]]:
+    """Every technique that computes attention otherwise, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "attention"}
+
+
 def objectives() -> dict[str, type[Any]]:
     """Every loss of distillation, by its file's stem."""
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "objective"}
@@ -97,6 +103,12 @@ def build_transform(step: Step) -> Transform:
 def build_structure(step: Step) -> Thinning | Shortening | Merging | Narrowing | Trimming:
     """The technique of scope ``structure`` that a step names, with its settings."""
     technique: Thinning | Shortening | Merging | Narrowing | Trimming = _made(step, structures(), step.format)
+    return technique
+
+
+def build_attention(step: Step) -> Attending:
+    """The technique of scope ``attention`` that a step names, with its settings."""
+    technique: Attending = _made(step, attentions(), step.format)
     return technique
 
 

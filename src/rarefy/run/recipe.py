@@ -46,7 +46,9 @@ from rarefy.planner.allocate import Plan
 from rarefy.planner.sparsity import Statistics, resolved
 from rarefy.run.planning import (
     TUNE,
+    attentions,
     build,
+    build_attention,
     build_structure,
     build_trainer,
     build_transform,
@@ -178,11 +180,11 @@ def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
 
     Of the first, those that take parts out come before those that change coupled axes of what is left.
     """
-    order = {**dict.fromkeys(structures(), 0), **dict.fromkeys(transforms(), 1)}
+    order = {**dict.fromkeys((*structures(), *attentions()), 0), **dict.fromkeys(transforms(), 1)}
     ranks = [order.get(step.technique, 2) for step in steps]
     for before, after, step in zip(ranks, ranks[1:], steps[1:], strict=False):
         if after < before:
-            what = "takes parts of the model out" if after == 0 else "changes channels of the whole model"
+            what = f"changes {'channels' if after else 'blocks'} of the whole model"
             raise RecipeError(f"{step.technique}: {what} and must come before the steps that work on what is "
                               "left; move it up")
     count = sum(rank < 2 for rank in ranks)
@@ -216,7 +218,7 @@ def parts(steps: Sequence[Step]) -> tuple[tuple[Run, ...], tuple[Step, ...], tup
 def _kind(step: Step) -> Kind:
     if step.technique == TUNE or step.technique in trainers():
         return "training"
-    return "whole" if step.technique in structures() or step.technique in transforms() else "leaves"
+    return "whole" if step.technique in {*structures(), *attentions(), *transforms()} else "leaves"
 
 
 def chains(sites: Sequence[Site], recipe: Recipe, statistics: Mapping[str, Statistics] | None = None
@@ -259,7 +261,12 @@ def checked(kind: Kind, run: tuple[Step, ...]) -> tuple[Step, ...]:
             return made
         case "whole":
             for step in split(run)[0]:
-                (build_structure if step.technique in structures() else build_transform)(step)
+                if step.technique in attentions():
+                    build_attention(step)
+                elif step.technique in structures():
+                    build_structure(step)
+                else:
+                    build_transform(step)
             return ()
 
 

@@ -27,6 +27,7 @@ from rarefy.measure.task import Judge
 from rarefy.models.map import Site
 from rarefy.models.network import Network
 from rarefy.models.runner import Override
+from rarefy.run.attention import attended
 from rarefy.run.effort import Effort
 from rarefy.run.narrow import narrowed
 from rarefy.run.progress import Progress, Stage
@@ -124,11 +125,14 @@ class Samples:
 
     def reshaped(self, recipe: Recipe, effort: Effort, data: Shown, advance: Advance
                  ) -> tuple[Subject, tuple[Receipt, ...]]:
-        if not split(recipe.steps)[0]:
+        whole = split(recipe.steps)[0]
+        if not whole:
             return self, ()
-        smaller = narrowed(self.opened, recipe, data.calibration, advance)
+        network, changed = attended(self.opened, whole)
+        assert isinstance(network, Network)
+        smaller = narrowed(network, recipe, data.calibration, advance)
         done = rescaled_network(smaller.network, recipe, effort, data.calibration)
-        return Samples(done.model), smaller.receipts + done.receipts
+        return Samples(done.model), changed + smaller.receipts + done.receipts
 
     def survey(self, data: Shown, effort: Effort, generator: torch.Generator, advance: Advance
                ) -> Iterator[Seen]:
