@@ -12,8 +12,8 @@ from torch import Tensor
 from rarefy.core.errors import RecipeError
 from rarefy.export.native import network_of
 from rarefy.models.model import Model, open_model
-from rarefy.runtimes.decoding import Layered
-from rarefy.runtimes.memory import RUN, Memory
+from rarefy.runtimes.decoding import Layered, frequent
+from rarefy.runtimes.memory import RUN, Keep, Memory, Watched
 from rarefy.techniques.depth.early_exit import EarlyExit
 from rarefy.training.loop import Settings
 
@@ -63,7 +63,7 @@ def test_learnt_exits_guess_better(model: Model, prompt: Tensor) -> None:
     layered = Layered(model, (1,))
     before = layered.answers(windows)
     kept = {name: value.clone() for name, value in layered.network.state_dict().items()}
-    layered.learn(windows, Settings(steps=30, batch=6, rate=1e-2, precision="float32"))
+    layered.learn(windows, Settings(steps=60, batch=256, rate=1e-3, precision="float32"))
     after = layered.answers(windows)
 
     def kl(logits: Tensor) -> float:
@@ -73,6 +73,22 @@ def test_learnt_exits_guess_better(model: Model, prompt: Tensor) -> None:
     assert kl(after.logits) < 0.9 * kl(before.logits)
     assert all(torch.equal(value, kept[name]) for name, value in layered.network.state_dict().items())
     assert layered.speculative(prompt, 30).tokens.tolist() == layered.greedy(prompt, 30).tokens.tolist()
+
+
+def test_guesses_of_few_words_change_nothing(model: Model, prompt: Tensor) -> None:
+    layered = Layered(model, (1,))
+    plain = layered.greedy(prompt, 40)
+    index = frequent(torch.cat([prompt[0], plain.tokens[:20]])[None], 30)
+    assert len(index) <= 30 and bool((index.diff() > 0).all())
+    words = layered.words(index)
+    checked = layered.speculative(prompt, 40, words=words)
+    assert checked.tokens.tolist() == plain.tokens.tolist()
+    assert checked.checked < 39  # some guesses were right
+    state = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layered.logits(state, 0, words), layered.logits(state, 0)[..., index])
+    layered.learn(prompt.repeat(4, 1), Settings(steps=3, batch=32, precision="float32"), words)
+    with pytest.raises(RecipeError, match="at least"):
+        layered.words(index[:0])
 
 
 def usual(layered: Layered, tokens: Tensor) -> float:
@@ -160,3 +176,103 @@ def test_what_cannot_be_written(model: Model, prompt: Tensor) -> None:
         Memory(1, bits=3)
     with pytest.raises(RecipeError, match="go into a byte"):
         Memory(1, bits=4).update(torch.zeros(1, 1, 1, 3), torch.zeros(1, 1, 1, 3), 0)
+
+
+# ---- forgetting
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_enough_room_changes_nothing(family: str, tiny_random: Callable[[str], Path]) -> None:
+    layered = Layered(open_model(tiny_random(family)), (0,))
+    prompt = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(1))
+    plain = layered.greedy(prompt, 12).tokens.tolist()
+    assert layered.greedy(prompt, 12, keep=Keep(4, 20, 100)).tokens.tolist() == plain
+    whole = layered.likelihoods(prompt, layered.memory(), chunk=7)
+    torch.testing.assert_close(layered.likelihoods(prompt, layered.memory(), chunk=40), whole)
+    torch.testing.assert_close(layered.likelihoods(prompt, layered.memory(keep=Keep(4, 50, 3)), chunk=7),
+    whole)
+
+
+def test_blocks_with_a_window_forget_what_lies_outside(tiny_random: Callable[[str], Path]) -> None:
+    """Gemma 3's sliding block holds its window, and the text is the same."""
+    layered = Layered(open_model(tiny_random("gemma3")), (0,))
+    text = torch.randint(3, 500, (1, 96), generator=torch.Generator().manual_seed(1))
+    memory = layered.memory(keep=Keep(0, 96))
+    torch.testing.assert_close(layered.likelihoods(text, memory, chunk=8),
+                               layered.likelihoods(text, layered.memory(), chunk=8))
+    assert memory.length(0) == 32 and memory.length(1) == 96
+
+
+def test_forgotten_tokens_are_not_seen(model: Model, prompt: Tensor) -> None:
+    """With room for 3 + 8 tokens: as the whole network under a mask that hides the others."""
+    layered, text = Layered(model, (0,)), prompt[:, :24]
+    found = layered.likelihoods(text, layered.memory(keep=Keep(3, 8)), chunk=1)
+    network = network_of(model).eval()
+    place = torch.arange(24)
+    back = place[:, None] - place
+    seen = (back >= 0) & ((back <= 8) | (place < 3))
+    with torch.no_grad():
+        mask = torch.zeros(1, 1, 24, 24).masked_fill(~seen, -torch.inf)
+        wanted = network(text, attention_mask=mask, use_cache=False).logits[0, :-1].log_softmax(-1)
+    torch.testing.assert_close(found, wanted.gather(1, text[0, 1:, None])[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_heavy_tokens_stay() -> None:
+    keep = Keep(1, 2, 2)
+    assert keep.chosen(torch.zeros(5)) is None
+    chosen = keep.chosen(torch.tensor([0.0, 1, 5, 2, 4, 9, 9]))
+    assert chosen is not None and chosen.tolist() == [0, 2, 4, 5, 6]
+    memory = Memory(1, keep=(keep,))
+    values = torch.arange(7.0)[None, None, :, None].expand(1, 1, 7, 2)
+    memory.update(values, values, 0)
+    weights = torch.tensor([0.0, 1, 5, 2, 4, 9, 9])[None, None, None]
+    memory.forget(0, 0, weights)
+    key, _ = memory.update(values[:, :, :1] + 7, values[:, :, :1] + 7, 0)
+    assert key[0, 0, :, 0].tolist() == [0, 2, 4, 5, 6, 7]
+    memory.forget(0, 7, torch.tensor([0.0, 0, 3, 0, 0, 0])[None, None, None])
+    assert memory.places(0).tolist() == [0, 4, 5, 6, 7]  # 4 + 3 and 9 are more than 5
+
+
+def test_keeping_is_refused_where_it_cannot_be(model: Model) -> None:
+    with pytest.raises(RecipeError, match="cannot lose tokens"):
+        Layered(model, (0,)).memory(8, Keep())
+    with pytest.raises(RecipeError, match="newest must be 1"):
+        Keep(newest=0)
+    memory = Memory(1, keep=(Keep(),))
+    with pytest.raises(RecipeError, match="speculate without keep"):
+        memory.crop(3)
+
+
+# ---- few directions
+
+def test_all_directions_change_nothing_and_few_change_little(model: Model, prompt: Tensor) -> None:
+    layered = Layered(model, (0,))
+    text = layered.greedy(prompt, 40).tokens[None]
+    whole = layered.likelihoods(text, layered.memory())
+    losses, held = [], []
+    for rank in (32, 24, 4):
+        memory = layered.memory(bases=layered.bases(prompt, rank))
+        losses.append(float((layered.likelihoods(text, memory) - whole).abs().mean()))
+        held.append(memory.bytes)
+    assert losses[0] < 1e-4 < losses[1] < losses[2]
+    assert held[1] * 32 == held[0] * 24 and held[2] * 32 == held[0] * 4
+    rounded = layered.memory(8, bases=layered.bases(prompt, 24))
+    layered.likelihoods(text, rounded)
+    assert rounded.bytes < held[1]
+    with pytest.raises(RecipeError, match="from 1 to that"):
+        layered.bases(prompt, 33)
+
+
+def test_directions_are_the_first_eigenvectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator))
+    values = torch.randn(1, 2, 50, 8, generator=generator) * torch.tensor([9.0, 5, 1, 1, 1, 1, 1, 1]) @ turn.T
+    seen = Watched(1)
+    seen.update(values[:, :, :20], values[:, :, :20], 0)
+    seen.update(values[:, :, 20:], values[:, :, 20:], 0)
+    (basis,) = seen.bases(2)
+    for head in range(2):
+        left, _, _ = torch.linalg.svd(values[0, head].T)
+        torch.testing.assert_close(basis.key[head] @ basis.key[head].T, left[:, :2] @ left[:, :2].T)
+    key, _ = Memory(1, bases=(basis,)).update(values, values, 0)
+    apart = (key - values).square().sum() / values.square().sum()
+    assert 0 < float(apart) < 0.15

@@ -11,15 +11,19 @@ computes, and nothing is copied or guessed (Bae et al. 2023, "Fast and Robust Ea
                   take back what they would not have said: the answer of ``greedy``, whatever was guessed
                   (Elhoushi et al. 2024, "LayerSkip", section 4.3)
 
-An exit says ``head(norm(g * h + b))`` of its state h; g and b, one number a channel, are 1 and 0 or learnt
-from the last block's distribution, everything else frozen. One text at a time.
+An exit says ``head(norm(A h + b))`` of its state h; A and b are 1 and 0 or learnt from the last block's
+distribution, everything else frozen (Belrose et al. 2023, "Eliciting Latent Predictions from Transformers
+with the Tuned Lens", eq. 4). Where the vocabulary is large the head costs more than the blocks; guesses are
+checked whatever they are, so they may come from its most frequent words alone (Zhao et al. 2025, "FR-Spec").
+One text at a time.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +34,10 @@ from torch import Tensor, nn
 from rarefy.core.errors import RecipeError
 from rarefy.core.structure import ExitAnswers
 from rarefy.export.native import network_of
+from rarefy.models.attending import attention_parts
+from rarefy.models.families import window_of
 from rarefy.models.model import Model
-from rarefy.runtimes.memory import Memory
+from rarefy.runtimes.memory import Bases, Keep, Memory, Watched
 from rarefy.techniques.depth.early_exit import EarlyExit
 from rarefy.training.examples import Rows
 from rarefy.training.loop import Batch, Loss, Settings, Task, fit
@@ -47,16 +53,31 @@ class Text:
     checked: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Some tokens, and their rows of the head."""
+
+    index: Int64[Tensor, " words"]
+    rows: Float[Tensor, "words width"]
+
+
+def frequent(windows: Int64[Tensor, "windows length"], count: int) -> Int64[Tensor, " words"]:
+    """The tokens that occur most often, ``count`` at most, in the order of their numbers."""
+    often = windows.flatten().bincount()
+    most = often.argsort(descending=True, stable=True)[:min(count, int((often > 0).sum()))]
+    return most.sort().values
+
+
 class Exit(nn.Module):
     """What an exit does to a state before the network's own norm and head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(width))
+        self.turn = nn.Parameter(torch.eye(width))
         self.shift = nn.Parameter(torch.zeros(width))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden * self.gain + self.shift
+        return nn.functional.linear(hidden, self.turn, self.shift)
 
 
 class Layered:
@@ -100,31 +121,92 @@ class Layered:
             self.stem(torch.zeros(1, length, dtype=torch.int64), start)
         for block in range(self.cuts[index], self.cuts[index + 1]):
             bound = self._calls[block]
-            mask = self._mask(block, length, start)
+            mask = self._mask(block, length, start, memory.places(block))
             given = {"past_key_values": memory, "attention_mask": mask, "hidden_states": hidden}
             bound.arguments.update({name: value for name, value in given.items()
                                     if name in bound.signature.parameters})
-            out = self.blocks[block](*bound.args, **bound.kwargs)
+            with self._attention(block, memory.heeds(block)) as weights:
+                out = self.blocks[block](*bound.args, **bound.kwargs)
+            memory.forget(block, start, weights[0] if weights else None)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
-    def logits(self, hidden: Tensor, exit_: int | None = None) -> Float[Tensor, "1 length words"]:
-        """What the network says of states, or an exit of its own."""
-        state = hidden if exit_ is None else self.exits[exit_](hidden)
-        values: Tensor = self.network.get_output_embeddings()(self.norm(state)).float()
+    @contextmanager
+    def _attention(self, block: int, wanted: bool) -> Iterator[list[Tensor]]:
+        """While this lasts, where a block's attention goes is caught, [1, heads, queries, keys]."""
+        if not wanted:
+            yield []
+            return
+        part, caught = attention_parts(self.network)[block], list[Tensor]()
+        before = part.config._attn_implementation
+        hook = part.register_forward_hook(lambda module, args, out: caught.append(out[1]))
+        part.config._attn_implementation = "eager"  # the fused ones do not say
+        try:
+            yield caught
+        finally:
+            part.config._attn_implementation = before
+            hook.remove()
+
+    def words(self, index: Int64[Tensor, " words"]) -> Words:
+        """Only these tokens."""
+        head = self.network.get_output_embeddings()
+        if head.bias is not None or not len(index):
+            raise RecipeError(f"{self.model.name}: {len(index)} words, a head "
+                              f"{'with' if head.bias is not None else 'without'} a bias; it takes one word "
+                              "at least, and no bias")
+        return Words(index, head.weight[index].contiguous())
+
+    def logits(self, hidden: Tensor, exit_: int | None = None, words: Words | None = None
+               ) -> Float[Tensor, "_ length words"]:
+        """What the network says of states, or an exit of its own; of some words alone."""
+        state = self.norm(hidden if exit_ is None else self.exits[exit_](hidden))
+        head = self.network.get_output_embeddings()
+        values: Tensor = (head(state) if words is None else nn.functional.linear(state, words.rows)).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return values if cap is None else torch.tanh(values / cap) * cap
 
-    def _mask(self, block: int, length: int, start: int) -> Tensor:
-        """0 where a token may look and -inf elsewhere, [1, 1, length, start + length]."""
-        config = self.model.config
-        kinds = getattr(config, "layer_types", None)
-        window = getattr(config, "sliding_window", None)
-        if kinds is not None and kinds[block] != "sliding_attention":
-            window = None
-        back = torch.arange(start, start + length)[:, None] - torch.arange(start + length)[None]
+    def _mask(self, block: int, length: int, start: int, places: Tensor) -> Tensor:
+        """0 where a token may look and -inf elsewhere, [1, 1, length, remembered + length]."""
+        window, new = window_of(self.model.config, block), torch.arange(start, start + length)
+        back = new[:, None] - torch.cat([places, new])
         seen = back >= 0 if not window else (back >= 0) & (back < window)
-        return torch.zeros(1, 1, length, start + length).masked_fill_(~seen, -torch.inf)
+        return torch.zeros(1, 1, *seen.shape).masked_fill_(~seen, -torch.inf)
+
+    def memory(self, bits: int = 32, keep: Keep | None = None, bases: tuple[Bases, ...] = ()) -> Memory:
+        """An empty memory. keep: of blocks that look back to the beginning; others keep their window, which
+        changes nothing. None: everything is kept."""
+        if keep is None:
+            return Memory(len(self.blocks), bits, bases=bases)
+        windows = [window_of(self.model.config, block) for block in range(len(self.blocks))]
+        return Memory(len(self.blocks), bits,
+                      tuple(keep if window is None else Keep(0, window) for window in windows), bases)
+
+    @torch.no_grad()
+    def bases(self, windows: Int64[Tensor, "windows length"], rank: int) -> tuple[Bases, ...]:
+        """The directions in which each block's heads have most of their keys and values on some text."""
+        seen = Watched(len(self.blocks))
+        for window in windows:
+            hidden = self.stem(window[None], 0)
+            for index in range(len(self.cuts) - 1):
+                hidden = self.part(index, hidden, 0, seen)
+            seen.crop(0)
+        return seen.bases(rank)
+
+    @torch.no_grad()
+    def likelihoods(self, text: Int64[Tensor, "1 length"], memory: Memory, chunk: int = 64
+                    ) -> Float[Tensor, " places"]:
+        """Log-likelihood of every token but the first, the text read ``chunk`` tokens at a time; what the
+        memory forgets between two chunks is not there for the next."""
+        found = []
+        for start in range(0, text.shape[1], chunk):
+            part = text[:, start:start + chunk]
+            hidden = self.stem(part, start)
+            for index in range(len(self.cuts) - 1):
+                hidden = self.part(index, hidden, start, memory)
+            after = text[0, start + 1:start + 1 + chunk]
+            logits = self.logits(hidden)[0, :len(after)].log_softmax(-1)
+            found.append(logits.gather(1, after[:, None])[:, 0])
+        return torch.cat(found)
 
     # ---- writing
 
@@ -136,16 +218,17 @@ class Layered:
         return int(self.logits(hidden[:, -1:]).argmax(-1))
 
     @torch.no_grad()
-    def greedy(self, prompt: Int64[Tensor, "1 length"], count: int, *, bits: int = 32) -> Text:
-        """``count`` tokens, each through all blocks. bits: of the memory."""
+    def greedy(self, prompt: Int64[Tensor, "1 length"], count: int, *, bits: int = 32,
+               keep: Keep | None = None) -> Text:
+        """``count`` tokens, each through all blocks. bits, keep: of the memory."""
         never = EarlyExit()
-        return self.early(prompt, count, never, float("inf"), bits=bits)
+        return self.early(prompt, count, never, float("inf"), bits=bits, keep=keep)
 
     @torch.no_grad()
     def early(self, prompt: Int64[Tensor, "1 length"], count: int, technique: EarlyExit, threshold: float, *,
-              bits: int = 32) -> Text:
+              bits: int = 32, keep: Keep | None = None) -> Text:
         """``count`` tokens, each through as many blocks as it takes to be sure."""
-        memory, total = Memory(len(self.blocks), bits), len(self.cuts) - 1
+        memory, total = self.memory(bits, keep), len(self.cuts) - 1
         token, place = self.prefill(prompt, memory), prompt.shape[1]
         tokens, blocks = [token], [len(self.blocks)]
         waiting: list[list[Tensor]] = [[] for _ in range(total)]
@@ -171,23 +254,25 @@ class Layered:
         return Text(torch.tensor(tokens), torch.tensor(blocks))
 
     @torch.no_grad()
-    def speculative(self, prompt: Int64[Tensor, "1 length"], count: int, *, draft: int = 4, bits: int = 32
-                    ) -> Text:
+    def speculative(self, prompt: Int64[Tensor, "1 length"], count: int, *, draft: int = 4,
+                    words: Words | None = None, bits: int = 32) -> Text:
         """``count`` tokens as ``greedy`` writes them: the first exit guesses, the blocks behind it check.
 
-        With a rounded memory only nearly so: what is taken back was rounded at other places.
+        words: of which guesses are made (None: all). With a rounded memory only nearly so: what is taken back
+        was rounded at other places.
         """
         if len(self.after) != 1 or draft < 1:
             raise RecipeError(f"draft={draft}, exits after {list(self.after)}: guesses come from one exit, "
                               "at least one at a time")
-        memory = Memory(len(self.blocks), bits)
+        memory = self.memory(bits)
         token, place, checked = self.prefill(prompt, memory), prompt.shape[1], 0
         tokens, blocks = [token], [len(self.blocks)]
         while len(tokens) < count:
             states, guesses = [], []
             for step in range(min(draft, count - len(tokens))):
                 state = self.part(0, self.stem(torch.tensor([[token]]), place + step), place + step, memory)
-                token = int(self.logits(state, 0).argmax(-1))
+                token = int(self.logits(state, 0, words).argmax(-1))
+                token = token if words is None else int(words.index[token])
                 states.append(state)
                 guesses.append(token)
             deep = self.part(1, torch.cat(states, 1), place, memory)
@@ -214,10 +299,17 @@ class Layered:
         stacked = [torch.cat(parts) for parts in zip(*found, strict=True)]
         return stacked[:-1], stacked[-1]
 
-    def learn(self, windows: Int64[Tensor, "windows length"], settings: Settings) -> None:
-        """Teach every exit to say what the last block says; the network stays as it is."""
-        task = _Lesson(self)
-        fit(task, Rows({"input_ids": windows}), settings)
+    def learn(self, windows: Int64[Tensor, "windows length"], settings: Settings, words: Words | None = None
+              ) -> None:
+        """Teach every exit to say what the last block says; the network stays as it is.
+
+        settings: a batch is so many tokens. words: of which the exits will speak (None: all).
+        """
+        with torch.no_grad():
+            parts, last = self.states(windows)
+        rows = Rows({"states": torch.stack([part.flatten(0, 1) for part in parts], 1),
+                     "last": last.flatten(0, 1)})
+        fit(_Lesson(self, words), rows, settings)
         self.exits.requires_grad_(False)
 
     @torch.no_grad()
@@ -247,16 +339,16 @@ class _Recorder(nn.Module):
 class _Lesson(Task):
     """Exits learn the last block's distribution: KL per token, summed over exits."""
 
-    def __init__(self, layered: Layered) -> None:
+    def __init__(self, layered: Layered, words: Words | None) -> None:
         super().__init__()
-        self.layered, self.exits = layered, layered.exits.requires_grad_(True)
+        self.layered, self.words = layered, words
+        self.exits = layered.exits.requires_grad_(True)
 
     def forward(self, batch: Batch) -> Loss:
         with torch.no_grad():
-            parts, last = self.layered.states(batch["input_ids"])
-            wanted = self.layered.logits(last).log_softmax(-1)
+            wanted = self.layered.logits(batch["last"][None], None, self.words).log_softmax(-1)
         total = torch.zeros(())
-        for place, part in enumerate(parts):
-            said = self.layered.logits(part, place).log_softmax(-1)
+        for place in range(len(self.exits)):
+            said = self.layered.logits(batch["states"][None, :, place], place, self.words).log_softmax(-1)
             total = total + (wanted.exp() * (wanted - said)).sum()
-        return Loss(total, torch.tensor(float(last.shape[0] * last.shape[1])))
+        return Loss(total, torch.tensor(float(len(batch["last"]))))

@@ -1,17 +1,33 @@
-"""The keys and values that attention remembers, as they are or rounded, block by block.
+"""The keys and values that attention remembers: all, rounded, of low rank, or those that matter.
 
-    memory = Memory(blocks)                     float
-    memory = Memory(blocks, bits=8)             or 4: what is older than a run of tokens is rounded
+    memory = Memory(blocks)                             float
+    memory = Memory(blocks, bits=8)                     or 4: what is older than a run of tokens is rounded
+    memory = Memory(blocks, bases=bases)                coordinates in a few directions of each head
+    memory = Memory(blocks, keep=(Keep(4, 252, 256),) * blocks)     no more than so many tokens of a block
 
 Rounded as their statistics ask for: keys per channel over a run of ``run`` tokens, because a few channels of
 keys are large everywhere, values per token. The newest tokens, up to a run of them, stay as they are. With
 m the smallest and M the largest of a group, x becomes m + (M - m) / (2^bits - 1) * code, codes of 4 bits two
 to a byte. What is asked for is decoded at every step: less memory, not less time.
 
+Keys and values of a head use few directions. With the first r eigenvectors B [width, r] of what a head's keys
+were on calibration text, the latent B^T k is kept for k and B B^T k is what is asked for; so for values.
+Latents round like anything else.
+
+A block that may keep only so many tokens keeps the first ones, on which every softmax leans, the newest, and
+of the others those that got the most attention so far,
+
+    a_j = sum over queries i and heads of softmax_j(s q_i k_j^T).
+
+Keys stay turned for the positions at which they were seen. What is forgotten is forgotten: the text changes.
+
 Every block has a length of its own, and the end of it can be taken back (``crop``): tokens that left early
 or were only guessed need both.
 
-Paper: Liu et al. 2024, "KIVI", section 3.2.
+Paper: Liu et al. 2024, "KIVI", section 3.2 (rounding); Singhania et al. 2024, "Loki: Low-rank Keys for
+Efficient Sparse Attention", section 3 (directions); Xiao et al. 2024, "Efficient Streaming Language Models
+with Attention Sinks", section 3.2 (first and newest); Zhang et al. 2023, "H2O: Heavy-Hitter Oracle",
+section 4.
 """
 
 from __future__ import annotations
@@ -25,6 +41,29 @@ from torch import Tensor
 from rarefy.core.errors import RecipeError
 
 RUN = 32
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a block keeps: its first tokens, the newest, and those between that got the most attention."""
+
+    first: int = 4
+    newest: int = 252
+    heavy: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.first, self.heavy) < 0 or self.newest < 1:
+            raise RecipeError(f"keep: first={self.first}, newest={self.newest}, heavy={self.heavy}; newest "
+                              "must be 1 or more, the others 0 or more")
+
+    def chosen(self, scores: Tensor) -> Tensor | None:
+        """Which of some tokens stay, in their order; scores: attention that each got (None: all stay)."""
+        count = len(scores)
+        if count <= self.first + self.heavy + self.newest:
+            return None
+        between = scores[self.first:count - self.newest]
+        heavy = between.topk(self.heavy).indices.sort().values + self.first
+        return torch.cat([torch.arange(self.first), heavy, torch.arange(count - self.newest, count)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +95,21 @@ class _Rounded:
         return sum(each.numel() * each.element_size() for each in (self.codes, self.low, self.step))
 
 
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """Directions that keys and values of one block are kept in, [heads, width, rank] each, orthonormal."""
+
+    key: Tensor
+    value: Tensor
+
+
 @dataclass(eq=False)
 class _Side:
     """Keys, or values, of one block: rounded runs, then the newest tokens as they are."""
 
     bits: int
     axis: int
+    basis: Tensor | None = None
     runs: list[_Rounded] = field(default_factory=list)
     newest: Tensor | None = None
 
@@ -71,13 +119,15 @@ class _Side:
 
     def add(self, values: Tensor) -> Tensor:
         """Remember some more, and give all of it."""
+        if self.basis is not None:
+            values = values @ self.basis
         self.newest = values if self.newest is None else torch.cat([self.newest, values], 2)
         whole = self.newest if not self.runs else torch.cat(
             [*(run.dense() for run in self.runs), self.newest], 2)
         while self.bits < 32 and self.newest.shape[2] > RUN:
             self.runs.append(_Rounded.of(self.newest[:, :, :RUN], self.bits, self.axis))
             self.newest = self.newest[:, :, RUN:]
-        return whole
+        return whole if self.basis is None else whole @ self.basis.transpose(-1, -2)
 
     def crop(self, length: int) -> None:
         while self.runs and RUN * len(self.runs) > length:  # a run that is cut is no run any more
@@ -86,6 +136,11 @@ class _Side:
         if self.newest is not None:
             self.newest = self.newest[:, :, :length - RUN * len(self.runs)]
 
+    def select(self, index: Tensor) -> None:
+        """Keep some tokens of a side that is not rounded."""
+        assert self.newest is not None
+        self.newest = self.newest[:, :, index]
+
     @property
     def bytes(self) -> int:
         newest = 0 if self.newest is None else self.newest.numel() * self.newest.element_size()
@@ -93,26 +148,71 @@ class _Side:
 
 
 class Memory:
-    """Keys and values of all blocks, as transformers' attention asks for them. bits: 32 (float), 8 or 4."""
+    """Keys and values of all blocks, as transformers' attention asks for them.
 
-    def __init__(self, blocks: int, bits: int = 32) -> None:
+    bits: 32 (float), 8 or 4. keep: what each block keeps (empty: everything); only of numbers as they are.
+    bases: of each block (empty: keys and values as they are).
+    """
+
+    def __init__(self, blocks: int, bits: int = 32, keep: tuple[Keep, ...] = (),
+                 bases: tuple[Bases, ...] = ()) -> None:
         if bits not in (4, 8, 32):
             raise RecipeError(f"bits {bits}: keys and values are kept in 32, 8 or 4")
+        if keep and (bits != 32 or len(keep) != blocks):
+            raise RecipeError(f"bits {bits}, keep for {len(keep)} of {blocks} blocks: keep is for all, and "
+                              "runs that were rounded together cannot lose tokens; use 32")
+        self.keep = keep
         self._sides = [(_Side(bits, 2), _Side(bits, 3)) for _ in range(blocks)]
+        for (keys, values), basis in zip(self._sides, bases, strict=False):
+            keys.basis, values.basis = basis.key, basis.value
+        self._places = [torch.empty(0, dtype=torch.int64) for _ in range(blocks)]
+        self._scores = [torch.empty(0) for _ in range(blocks)]
 
     def update(self, key: Tensor, value: Tensor, block: int, *rest: Any) -> tuple[Tensor, Tensor]:
         """What a block has seen so far with what it sees now."""
-        if key.shape[-1] % 2 and self._sides[block][0].bits == 4:
-            raise RecipeError(f"heads of {key.shape[-1]} channels: two codes of 4 bits go into a byte; use 8")
         keys, values = self._sides[block]
+        width = key.shape[-1] if keys.basis is None else keys.basis.shape[-1]
+        if width % 2 and keys.bits == 4:
+            raise RecipeError(f"heads of {width} channels: two codes of 4 bits go into a byte; use 8")
         return keys.add(key), values.add(value)
 
     def length(self, block: int) -> int:
         """Tokens that a block remembers."""
         return self._sides[block][0].length
 
+    def places(self, block: int) -> Tensor:
+        """The positions of the tokens that a block remembers."""
+        return self._places[block] if self.keep else torch.arange(self.length(block))
+
+    def heeds(self, block: int) -> bool:
+        """Whether a block must tell where its attention went."""
+        return bool(self.keep) and self.keep[block].heavy > 0
+
+    def forget(self, block: int, start: int, weights: Tensor | None) -> None:
+        """Let a block that has just seen tokens from position ``start`` on forget what it need not keep.
+
+        weights: its attention, [1, heads, queries, tokens], where heavy ones are kept.
+        """
+        if not self.keep:
+            return
+        keys, values = self._sides[block]
+        new = keys.length - len(self._places[block])
+        places = torch.cat([self._places[block], torch.arange(start, start + new)])
+        scores = torch.cat([self._scores[block], torch.zeros(new)])
+        if weights is not None:
+            scores = scores + weights[0].float().sum((0, 1))
+        index = self.keep[block].chosen(scores)
+        if index is not None:
+            keys.select(index)
+            values.select(index)
+            places, scores = places[index], scores[index]
+        self._places[block], self._scores[block] = places, scores
+
     def crop(self, length: int) -> None:
         """Forget in every block what is behind ``length`` tokens."""
+        if self.keep:
+            raise RecipeError("what was forgotten for tokens that are taken back cannot be remembered again; "
+                              "speculate without keep")
         for keys, values in self._sides:
             keys.crop(length)
             values.crop(length)
@@ -121,3 +221,26 @@ class Memory:
     def bytes(self) -> int:
         """What is held now."""
         return sum(side.bytes for pair in self._sides for side in pair)
+
+
+class Watched(Memory):
+    """Remembers everything, and sums what keys and values of each head were: k k^T and v v^T."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(blocks)
+        self.sums: list[list[Tensor]] = [[] for _ in range(blocks)]
+
+    def update(self, key: Tensor, value: Tensor, block: int, *rest: Any) -> tuple[Tensor, Tensor]:
+        """As of any memory."""
+        found = [(each.transpose(-1, -2) @ each).sum(0).double() for each in (key, value)]
+        held = self.sums[block]
+        self.sums[block] = [a + b for a, b in zip(held, found, strict=True)] if held else found
+        return super().update(key, value, block, *rest)
+
+    def bases(self, rank: int) -> tuple[Bases, ...]:
+        """The ``rank`` directions of each head that hold most of what was seen."""
+        for key, value in self.sums:
+            if not 0 < rank <= min(key.shape[-1], value.shape[-1]):
+                raise RecipeError(f"rank {rank}: heads have {key.shape[-1]} channels; choose from 1 to that")
+        return tuple(Bases(*(torch.linalg.eigh(each)[1].flip(-1)[..., :rank].float().contiguous()
+                             for each in pair)) for pair in self.sums)
