@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from rarefy.calibration.evidence import SLAB
+from rarefy.core.edit import edit
 from rarefy.core.errors import EditError, ModelError, RecipeError
+from rarefy.core.nodes import Dense
 from rarefy.core.nouns import Evidence, Recipe, Step
 from rarefy.core.structure import Passage, UnitGroup
-from rarefy.export.gguf import export_gguf
+from rarefy.export.gguf import export_gguf, gguf_bytes
+from rarefy.formats.ggml import CODECS
+from rarefy.formats.gguf import read_gguf
 from rarefy.measure.divergence import Reference
 from rarefy.models.model import Model, open_model
+from rarefy.models.rewritten import collapsed
 from rarefy.models.runner import Runner
 from rarefy.models.shrunk import GROUPS, without_blocks, without_units
 from rarefy.run.recipe import split
 from rarefy.run.reshape import _groups, reshaped, thinned
+from rarefy.runtimes.llamacpp import Session
 from rarefy.techniques.depth.drop import Drop
 from rarefy.techniques.prune.units import Units
+from rarefy.techniques.quantize.rtn import RTN
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +184,52 @@ def test_blocks_that_do_nothing_go_first(model: Model, tokens: torch.Tensor) -> 
 
 def test_influence_ranks_blocks() -> None:
     passages = tuple(Passage(k, influence) for k, influence in enumerate((0.9, 0.2, 0.1, 0.3, 0.05)))
-    assert Drop(count=2).drop(passages) == (1, 2)
-    assert Drop(count=2, keep_last=0).drop(passages) == (2, 4)
+    assert Drop(count=2).drop(passages, lambda dropped: 0.0) == (1, 2)
+    assert Drop(count=2, keep_last=0).drop(passages, lambda dropped: 0.0) == (2, 4)
     with pytest.raises(EditError, match="of 5 blocks only 3 may go"):
-        Drop(count=4).drop(passages)
+        Drop(count=4).drop(passages, lambda dropped: 0.0)
+
+
+def test_searches_look_further_than_single_blocks() -> None:
+    """1 and 2 cost little alone and much together; 3 and 4 together cost least."""
+    costs = {frozenset({1}): 1.0, frozenset({2}): 1.1, frozenset({3}): 2.0, frozenset({4}): 2.1,
+             frozenset({1, 2}): 9.0, frozenset({1, 3}): 4.0, frozenset({1, 4}): 5.0, frozenset({2, 3}): 4.5,
+             frozenset({2, 4}): 6.0, frozenset({3, 4}): 3.0}
+    passages = tuple(Passage(block, 0.0) for block in range(6))
+    for search, gone in (("each", (1, 2)), ("greedy", (1, 3)), ("exact", (3, 4))):
+        assert Drop(count=2, by="kl", search=search).drop(passages, costs.__getitem__) == gone
+    with pytest.raises(EditError, match="too many to try; use search: greedy"):
+        Drop(count=9, by="kl", search="exact").drop((Passage(0, 0.0), *passages * 5), lambda dropped: 0.0)
+
+
+def test_a_bridge_does_what_is_linear(model: Model, tokens: torch.Tensor, tiny_llama: Path) -> None:
+    """What was dropped leaves less of a trace, and the bridge is the solution by least squares."""
+    deep, last = open_model(tiny_llama), {"keep_first": 1, "keep_last": 0}
+    found = {fold: kl_without(deep, tokens, {**last, "fold": fold}) for fold in ("", "merge", "bridge")}
+    assert found["bridge"] < found[""] / 2
+    X, h = torch.randn(7, 5), torch.randn(3, 7)
+    D = Drop(damping=0.0).bridge(X.T @ X, h @ X)
+    torch.testing.assert_close(D, torch.linalg.lstsq(X, h.T).solution.T, rtol=1e-3, atol=1e-4)
+
+
+def kl_without(model: Model, tokens: torch.Tensor, settings: dict) -> float:
+    done = reshaped(model, Recipe("", (Step("drop", settings=settings),)), tokens)
+    assert done.model.map.blocks == model.map.blocks - 1
+    return Reference(model, tokens).compare(Runner(done.model)).kl_mean
+
+
+def test_blocks_that_are_alike_merge_into_one(tiny_llama: Path, tokens: torch.Tensor) -> None:
+    """Merged with its equal, a block stays what it is; with another, it becomes W + (W' - W)."""
+    model = open_model(tiny_llama)
+    merged = collapsed(model, (1,))
+    path = "model.layers.{}.mlp.up_proj.weight"
+    torch.testing.assert_close(merged.weight(path.format(0)), model.weight(path.format(1)))
+    torch.testing.assert_close(merged.weight(path.format(2)), model.weight(path.format(2)))
+    both = collapsed(model, (1, 2)).weight(path.format(0))
+    torch.testing.assert_close(both, sum(model.weight(path.format(k)) for k in (1, 2))
+                               - model.weight(path.format(0)))
+    norm = "model.layers.0.input_layernorm.weight"
+    torch.testing.assert_close(merged.param(norm), model.param(norm.replace("0", "1")))
 
 
 def test_what_is_left_is_exported(model: Model, tokens: torch.Tensor, tmp_path: Path) -> None:
@@ -197,10 +247,73 @@ def test_what_is_left_is_exported(model: Model, tokens: torch.Tensor, tmp_path: 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"units": "layers"}, "choose neurons, heads or queries"),
     ({"criterion": "wnda"}, "did you mean 'wanda'"),
-    ({"ratio": 1.0}, "below 1"), ({"ratio": 0.0}, "above 0"), ({"multiple": 0}, "1 or more")])
+    ({"ratio": 1.0}, "below 1"), ({"ratio": 0.0}, "above 0"), ({"multiple": 0}, "1 or more"),
+    ({"spread": "even"}, "choose uniform or global"), ({"floor": 1.0}, "below 1"),
+    ({"spread": "global", "criterion": "wanda"}, "only costs in nats")])
 def test_settings_that_mean_nothing(settings: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Units(**settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*already quantized")
+def test_widths_of_their_own_go_through_llama_cpp(tiny_llama: Path, tokens: torch.Tensor, tmp_path: Path
+                                                   ) -> None:
+    """Neurons go where they cost least; the file holds each block's own, and is read back as it was."""
+    model = open_model(tiny_llama)
+    uneven = thinned(model, Units(ratio=0.4, criterion="taylor", spread="global", floor=0.1), tokens).model
+    widths = uneven.config.block_neurons
+    assert len(set(widths)) > 1
+    assert all(width % 32 == 0 for width in widths)
+    assert abs(sum(widths) / (3 * 256) - 0.6) < 0.1
+    for name in ("F32", "Q8_0"):
+        path, grid = tmp_path / f"{name}.gguf", CODECS[name].grid
+        trees = {} if grid is None else {site.path: edit(
+            site.path, Dense(uneven.weight(site.path)), uneven.weight(site.path), RTN(grid), "rtn", None,
+            torch.Generator())[0] for site in uneven.map.sites}
+        formats = {site.path: name for site in uneven.map.sites}
+        size = export_gguf(uneven, trees, formats, path)
+        assert size == path.stat().st_size == gguf_bytes(uneven, formats)
+        again = open_model(path, dequantize=True)
+        assert again.config.block_neurons == widths
+        with Session(path, threads=1) as session:
+            found = torch.tensor(next(iter(session.distributions(tokens[:1].numpy()))))
+        wanted = logits(again, tokens[:1])[0].log_softmax(-1)
+        torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+        if name == "F32":
+            torch.testing.assert_close(wanted, logits(uneven, tokens[:1])[0].log_softmax(-1))
+    held = {name: tensor.shape for name, tensor in read_gguf(path).tensors.items()}
+    assert [held[f"blk.{block}.ffn_down.weight"][1] for block in range(3)] == widths
+
+
+def test_costs_in_nats_compare_across_blocks() -> None:
+    cheap, dear = torch.arange(1.0, 9.0), torch.arange(10.0, 18.0)
+    technique = Units(ratio=0.25, criterion="taylor", spread="global", multiple=1)
+    assert technique.counts((cheap, dear)) == (4, 8)
+    assert replace(technique, floor=0.75).counts((cheap, dear)) == (6, 6)
+    assert replace(technique, multiple=3).counts((cheap, dear)) == (6, 8)
+
+
+def test_where_widths_must_be_equal(tiny_gemma3: Path, model: Model, tokens: torch.Tensor) -> None:
+    settings = {"ratio": 0.4, "criterion": "taylor", "spread": "global", "multiple": 1}
+    with pytest.raises(ModelError, match="only neurons of Llama and Mistral may differ"):
+        thinned(open_model(tiny_gemma3), Units(**settings), tokens)  # type: ignore[arg-type]
+    recipe = Recipe("", (Step("units", settings=settings),), target="torch")
+    with pytest.raises(RecipeError, match="torch loads one width for all blocks"):
+        reshaped(model, recipe, tokens)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"by": "size"}, "choose influence or kl"), ({"count": 0}, "count must be 1 or more"),
+    ({"search": "greedy"}, "set by: kl"), ({"fold": "sew"}, "choose merge or bridge"),
+    ({"fold": "merge", "keep_first": 0}, "the first block has none before it")])
+def test_drops_that_mean_nothing(settings: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Drop(**settings)
+
+
+def test_a_norm_stands_before_the_bridge(tiny_gemma3: Path, tokens: torch.Tensor) -> None:
+    with pytest.raises(EditError, match="stands a norm"):
+        reshaped(open_model(tiny_gemma3), Recipe("", (Step("drop", settings={"fold": "bridge"}),)), tokens)
 
 
 def test_what_cannot_be_taken_out(model: Model, tokens: torch.Tensor, tiny_random: object) -> None:

@@ -117,12 +117,13 @@ def _fits(model: Language) -> list[dict[str, Any]]:
 
 def _range(model: Language) -> dict[str, int]:
     """Bytes of a llama.cpp file with every tensor in its smallest format, and in F16."""
-    from rarefy.export.gguf import fixed_bytes, loadable, site_bytes
+    from rarefy.export.gguf import fixed_bytes, held, loadable, site_bytes
 
     fixed = fixed_bytes(model)
-    smallest = sum(min(site_bytes(site, name) for name in loadable(model, site)) for site in model.map.sites)
+    smallest = sum(min(site_bytes(held(model, site), name) for name in loadable(model, site))
+                   for site in model.map.sites)
     return {"fixed": fixed, "smallest": fixed + smallest,
-            "f16": fixed + sum(site_bytes(site, "F16") for site in model.map.sites)}
+            "f16": fixed + sum(site_bytes(held(model, site), "F16") for site in model.map.sites)}
 
 
 def _head(found: dict[str, Any]) -> None:

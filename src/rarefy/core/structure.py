@@ -13,6 +13,7 @@ norms of what writes each unit. What leaving units out means for tensors and con
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -61,13 +62,14 @@ class UnitGroup:
 class Passage:
     """One block as what it does to the residual stream on calibration text.
 
-    influence: 1 - mean cosine between what enters and what leaves. damage: KL to the whole network when this
-    block alone is left out (None: not measured).
+    influence: 1 - mean cosine between what enters and what leaves.
     """
 
     block: int
     influence: float
-    damage: float | None = None
+
+
+Damage = Callable[[frozenset[int]], float]  # KL to the whole network when some blocks are left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +138,31 @@ class Channels:
     def count(self) -> int:
         """How many channels there are."""
         return self.square.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """The stream between the blocks: what its norms pass on, [width], as second moment over tokens and norms.
+
+    The trace of ``moment`` is the width: every token counts alike.
+    """
+
+    site: str
+    moment: Float[Tensor, "width width"]
+
+
+@runtime_checkable
+class Slicing(Protocol):
+    """A technique that narrows the stream between the blocks.
+
+    ``basis``: the directions that stay, [width, kept], orthonormal columns.
+    """
+
+    scope: ClassVar[str]
+    edits: ClassVar[tuple[type[Residual], ...]]
+    needs: ClassVar[frozenset[str]]
+
+    def basis(self, stream: Residual) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +251,8 @@ class Thinning(Protocol):
 
     needs: of {"gram", "fisher", "removal"}. ``scores``: what leaving each unit out costs, [units]. ``refit``:
     the matrix [kept columns, in] whose transpose, W @ refit.T, makes the kept columns do the work of all
-    (None: they stay as they are).
+    (None: they stay as they are). spread: uniform (``count`` in every block) or global (``counts`` of all
+    blocks, from their scores).
     """
 
     scope: ClassVar[str]
@@ -234,7 +262,12 @@ class Thinning(Protocol):
     @property
     def units(self) -> str: ...
 
+    @property
+    def spread(self) -> str: ...
+
     def count(self, group: UnitGroup) -> int: ...
+
+    def counts(self, scores: tuple[Tensor, ...]) -> tuple[int, ...]: ...
 
     def scores(self, group: UnitGroup) -> Tensor: ...
 
@@ -243,13 +276,21 @@ class Thinning(Protocol):
 
 @runtime_checkable
 class Shortening(Protocol):
-    """A technique that takes out blocks."""
+    """A technique that takes out blocks.
+
+    ``drop``: which ones, in the order of the network; ``damage`` measures any choice. fold: what becomes of
+    them: "" (nothing), or the block before takes over their difference ("merge") or a linear account of them
+    ("bridge"). ``bridge``: what is added to the matrix W of that block, [out, in], where ``moment`` [in, in]
+    is that of its inputs x and ``missing`` [out, in] the sum of (what is wanted - what comes out) x^T.
+    """
 
     scope: ClassVar[str]
     edits: ClassVar[tuple[type[Passage], ...]]
     needs: ClassVar[frozenset[str]]
 
     @property
-    def measures(self) -> bool: ...
+    def fold(self) -> str: ...
 
-    def drop(self, passages: tuple[Passage, ...]) -> tuple[int, ...]: ...
+    def drop(self, passages: tuple[Passage, ...], damage: Damage) -> tuple[int, ...]: ...
+
+    def bridge(self, moment: Tensor, missing: Tensor) -> Tensor: ...

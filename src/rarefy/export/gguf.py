@@ -25,6 +25,7 @@ from rarefy.export.metadata import architecture_metadata, extra_tensors
 from rarefy.export.tokenizer import safe_name, tokenizer_metadata
 from rarefy.formats.ggml import CODECS, Codec
 from rarefy.formats.gguf import ALIGNMENT, Entry, GgufFile, Lazy, ValueType, gguf_size, write_gguf
+from rarefy.models.families import block_widths
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.rewritten import is_shrunk, original
@@ -56,8 +57,7 @@ class PlannedTensor:
 
 def loadable(model: Model, site: Site) -> tuple[str, ...]:
     """The formats that llama.cpp loads for this site, in the target's order."""
-    del model  # every architecture loads every format
-    return tuple(name for name in LLAMA_CPP.formats if CODECS[name].fits(site.shape[1]))
+    return tuple(name for name in LLAMA_CPP.formats if CODECS[name].fits(held(model, site).shape[1]))
 
 
 def metadata(model: Model) -> list[Entry]:
@@ -78,11 +78,14 @@ def _metadata(model: Model) -> list[Entry]:
     entries: list[Entry] = [("general.architecture", family.gguf, ValueType.STRING)]
     source = _gguf_file(model)
     if source is not None:
-        entries += [tuple(entry) for entry in source.entries if not entry.key.startswith(NOT_COPIED)]
+        entries += [(_renamed(entry.key, source, family.gguf), *tuple(entry)[1:]) for entry in source.entries
+                    if not entry.key.startswith(NOT_COPIED)]
         if is_shrunk(model.source):  # the sizes are no longer those of the file
             rows = next(site.shape[0] for site in model.map.sites if site.role == "embed")
             sizes = {entry[0]: entry for entry in architecture_metadata(family, model.config, rows)}
-            entries = [sizes.get(entry[0], entry) for entry in entries]
+            copied = {entry[0] for entry in entries}
+            entries = [sizes.get(entry[0], entry) for entry in entries] + [
+                entry for key, entry in sizes.items() if key not in copied]  # what no longer follows
             if rows != len(source.metadata.get("tokenizer.ggml.tokens", ())):  # nor are the tokens
                 entries = [entry for entry in entries if not entry[0].startswith("tokenizer.ggml.")]
                 entries += [entry for entry in tokenizer_metadata(model.tokenizer, rows, _end(model))
@@ -95,6 +98,22 @@ def _metadata(model: Model) -> list[Entry]:
                     ("general.name", safe_name(model.name, tokens), ValueType.STRING)]
         entries += architecture_metadata(family, model.config, rows) + vocabulary
     return [*entries, ("general.quantization_version", 2, ValueType.UINT32)]
+
+
+def _renamed(key: str, source: GgufFile, architecture: str) -> str:
+    """A key of the source's architecture as one of the file's."""
+    before = f"{source.metadata.get('general.architecture')}."
+    return f"{architecture}.{key.removeprefix(before)}" if key.startswith(before) else key
+
+
+def held(model: Model, site: Site) -> Site:
+    """The site as the file holds it: where blocks differ in width, without the zeros of the narrower."""
+    widths = block_widths(model.config)
+    if widths is None or site.block is None or site.role not in ("gate", "up", "down"):
+        return site
+    rows, columns = site.shape
+    own = widths[site.block]
+    return replace(site, shape=(rows, own) if site.role == "down" else (own, columns))
 
 
 def plan_tensors(model: Model, formats: Mapping[str, str]) -> list[PlannedTensor]:
@@ -110,7 +129,7 @@ def plan_tensors(model: Model, formats: Mapping[str, str]) -> list[PlannedTensor
         if site.path not in formats:
             raise TargetError(f"{site.path}: no format was chosen for it; choose one of "
                               f"{', '.join(loadable(model, site))}")
-        sites.append(PlannedTensor(_name(model, site.path), site.path, site.shape,
+        sites.append(PlannedTensor(_name(model, site.path), site.path, held(model, site).shape,
                                    _codec(model, site, formats[site.path])))
     plain = CODECS["F32"]
     params = [PlannedTensor(_name(model, param.path), param.path, param.shape, plain)
@@ -141,7 +160,7 @@ def fixed_bytes(model: Model) -> int:
     The whole file is exactly this plus ``site_bytes`` of every site.
     """
     formats = {site.path: "F32" for site in model.map.sites}
-    return gguf_bytes(model, formats) - sum(site_bytes(site, "F32") for site in model.map.sites)
+    return gguf_bytes(model, formats) - sum(site_bytes(held(model, site), "F32") for site in model.map.sites)
 
 
 def gguf_bytes(model: Model, formats: Mapping[str, str]) -> int:
@@ -183,6 +202,9 @@ def _site(model: Model, tree: Node | None, planned: PlannedTensor) -> Node:
         tree = Dense(tree.dense())
     if isinstance(tree, Masked):
         tree = _zeroed(tree)
+    for axis, size in enumerate(planned.shape):
+        if size < tree.shape[axis]:
+            tree = tree.select(axis, torch.arange(size))
     order = model.map.family.row_order(planned.path, model.config)
     return tree if order is None else tree.select(0, torch.tensor(order))
 

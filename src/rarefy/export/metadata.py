@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rarefy.core.errors import TargetError
 from rarefy.formats.gguf import Entry, ValueType
-from rarefy.models.families import Family, head_width
+from rarefy.models.families import Family, block_widths, head_width
 
 SWIGLU = frozenset({"silu", "swish"})
 TANH_GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
@@ -40,6 +40,10 @@ def architecture_metadata(family: Family, config: Any, rows: int) -> list[Entry]
                     "attention.key_length": head_width(config), "attention.value_length": head_width(config)}
     entries: list[Entry] = [(f"{family.gguf}.{key}", int(value), ValueType.UINT32)
                             for key, value in numbers.items()]
+    if (widths := block_widths(config)) is not None:
+        key = f"{family.gguf}.feed_forward_length"
+        entries = [(key, widths, ValueType.ARRAY, ValueType.UINT32) if entry[0] == key else entry
+                   for entry in entries]
     floats = {"attention.layer_norm_epsilon": config.layer_norm_epsilon} if family.gguf == "gpt2" else \
         {"attention.layer_norm_rms_epsilon": config.rms_norm_eps}
     if family.gguf == "gemma2":
@@ -111,7 +115,7 @@ def _rope(family: Family, config: Any) -> list[Entry]:
     rope = _rope_of(config)
     kind = rope.get("rope_type", "default")
     floats = {"rope.freq_base": rope["rope_theta"]}
-    if family.gguf in ("llama", "phi3"):
+    if family.gguf in ("llama", "deci", "phi3"):
         width = int(head_width(config) * rope.get("partial_rotary_factor", 1.0))
         integers = {"rope.dimension_count": width}
     else:
@@ -130,7 +134,7 @@ def _rope(family: Family, config: Any) -> list[Entry]:
             floats["rope.scaling.factor"] = rope["factor"]
             if kind == "yarn":
                 integers["rope.scaling.original_context_length"] = _yarn_context(family, config, rope)
-        case "llama3" if family.gguf == "llama":
+        case "llama3" if family.gguf in ("llama", "deci"):
             pass  # carried by the tensor rope_freqs
         case "longrope" if family.gguf == "phi3":
             entries.append((f"{family.gguf}.rope.scaling.type", kind, ValueType.STRING))

@@ -184,6 +184,8 @@ def _tree(model: Model, site: Site) -> Node:
             return trees[site.path]
         case GgufSource(file=file):
             node = file.tensor(model.map.family.gguf_name(site.path))
+            if node.shape != site.shape:  # a narrower block, with zeros behind
+                return Dense(model.weight(site.path))
             order = model.map.family.row_order(site.path, model.config)
             return node if order is None else node.select(0, torch.tensor(order).argsort())
         case _:

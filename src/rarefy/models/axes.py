@@ -28,7 +28,7 @@ from rarefy.models.model import Model
 from rarefy.models.rewritten import Fill, Scale, Turn
 
 NORMS = {"attn_norm": ("q", "k", "v", "qkv"), "ffn_norm": ("gate", "up", "gate_up")}
-GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
+GATED = ("llama", "mistral", "deci", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
 UNGATED = ("gpt2",)
 _SANDWICH = "its norms behind attention and feed-forward part have gains that no matrix can take over"
 BARRIERS = {"gemma2": _SANDWICH, "gemma3": _SANDWICH,
@@ -85,7 +85,7 @@ def changes(model: Model, coupling: Coupling, change: Change) -> Iterator[tuple[
     it is to be done: before its residual stream is rotated, the gains of the norms go into their readers."""
     rotated = change.rotation is not None and coupling.turns == change.rotation.width
     if rotated and coupling.role == "residual":
-        yield from _folded(model)
+        yield from folded(model)
     yield from alterations(coupling, change)
 
 
@@ -112,7 +112,7 @@ def _scaled(coupling: Coupling, factors: Tensor) -> Iterator[tuple[str, Scale]]:
             yield member.path, Scale(member.axis, full, member.offset)
 
 
-def _folded(model: Model) -> Iterator[tuple[str, Scale | Fill]]:
+def folded(model: Model) -> Iterator[tuple[str, Scale | Fill]]:
     """Every norm's gain into its readers; then the norms commute with rotations."""
     for coupling in couplings(model):
         if coupling.role == "norm":

@@ -127,6 +127,13 @@ class Family:
                 for head in range(heads) for j in range(half) for part in range(2)]
 
 
+def block_widths(config: Any) -> list[int] | None:
+    """Neurons of every block, where they differ; the network then has as many in each as the widest, the
+    others zero."""
+    widths: list[int] | None = getattr(config, "block_neurons", None)
+    return widths
+
+
 def head_width(config: Any) -> int:
     """Channels of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -171,7 +178,10 @@ FAMILIES = (
            tables=(("transformer.wpe", "position_embd"),), transposed=True,
            prefixes=(("transformer.", "transformer."), ("lm_head.", "lm_head."), ("", "transformer.")),
            ignored=r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"),
+    # Llama whose blocks have widths of their own: a view or a file, no model type of transformers
+    Family("deci", (), "deci", _ATTENTION + _MLP, _NORMS, permuted=True),
 )
+PER_BLOCK_WIDTHS = {"llama": "deci", "mistral": "deci", "deci": "deci"}  # the family that can have them
 
 
 def family_of_gguf(architecture: str) -> Family:

@@ -34,6 +34,15 @@ class _Keys:
             self.fail(key, value, "one positive integer")
         return int(value)
 
+    def widths(self, key: str, blocks: int) -> list[int]:
+        """A positive integer for every block."""
+        value = self._get(key, None)
+        if not isinstance(value, list):
+            return [self.integer(key)] * blocks
+        if len(value) != blocks or not all(isinstance(each, int) and 0 < each < 1 << 31 for each in value):
+            self.fail(key, value, f"{blocks} positive integers")
+        return [int(each) for each in value]
+
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._get(key, default)
@@ -72,7 +81,7 @@ def gguf_config(file: GgufFile, family: Family) -> Any:
     for field, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         fields[field] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
     try:
-        return AutoConfig.for_model(family.model_types[0], **fields)
+        return AutoConfig.for_model((family.model_types or ("llama",))[0], **fields)
     except Exception as error:  # noqa: BLE001  transformers raises whatever its field validators raise
         raise ModelError(f"{file.path.name}: the metadata is no valid configuration ({in_one_line(error)}); "
                          "convert the model again with a current llama.cpp") from None
@@ -114,14 +123,19 @@ def _rotary(keys: _Keys, family: Family) -> dict[str, Any]:
     width = keys.integer("attention.key_length", fields["hidden_size"] // heads)
     if keys.integer("attention.value_length", width) != width:
         keys.fail("attention.value_length", keys.optional("attention.value_length"), f"{width}, as for keys")
+    blocks = fields["num_hidden_layers"]
+    widths = (keys.widths("feed_forward_length", blocks) if family.name == "deci"
+              else [keys.integer("feed_forward_length")] * blocks)
     fields |= {
         "head_dim": width, "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
-        "intermediate_size": keys.integer("feed_forward_length"),
+        "intermediate_size": max(widths),
         "max_position_embeddings": keys.integer("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(keys, width, partly=family.name == "phi3")}
+    if len(set(widths)) > 1:
+        fields["block_neurons"] = widths
     match family.name:
-        case "llama":
+        case "llama" | "deci":
             fields |= {"attention_bias": "blk.0.attn_q.bias" in keys.file.tensors,
                        "mlp_bias": "blk.0.ffn_gate.bias" in keys.file.tensors}
         case "qwen3" | "smollm3":
@@ -131,10 +145,8 @@ def _rotary(keys: _Keys, family: Family) -> dict[str, Any]:
             fields |= {"sliding_window": None, **_longrope(keys, fields)}
         case "gemma2" | "gemma3":
             fields |= _gemma(keys, fields, family)
-    if family.name in ("qwen2", "phi3"):  # these always derive the width of a head
-        if width * heads != fields["hidden_size"]:
-            keys.fail("attention.key_length", width, f"{fields['hidden_size'] // heads} here")
-        del fields["head_dim"]
+    if family.name in ("qwen2", "phi3") and width * heads == fields["hidden_size"]:
+        del fields["head_dim"]  # as their configurations usually leave it out
     return fields
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,18 @@ class Fill:
         return torch.full_like(values, self.value)
 
 
-Alteration = Scale | Turn | Fill
+@dataclass(frozen=True, eq=False)
+class Plus:
+    """Something of the same shape added; of matrices as [out, in]."""
+
+    values: Tensor
+    axis: int = 0  # all rows are read, though some may be wanted
+
+    def applied(self, values: Tensor) -> Tensor:
+        return values + self.values
+
+
+Alteration = Scale | Turn | Fill | Plus
 
 
 def rewritten(model: Model, changes: Iterable[tuple[str, Alteration]]) -> Model:
@@ -104,6 +115,24 @@ def untied(model: Model) -> Model:
     config.tie_word_embeddings = False
     source = RewrittenSource(model.source, {}, {}, {f"{family.head}.weight": f"{family.embed}.weight"})
     return Model(model.name, family, config, source, lambda: model.tokenizer)
+
+
+def collapsed(model: Model, dropped: Collection[int]) -> Model:
+    """A view in which the block before some that are to go has taken over their differences to it."""
+    family, changes = model.map.family, list[tuple[str, Alteration]]()
+    for path in (*model.map.by_path, *(param.path for param in model.map.params)):
+        inside = family.inside(path)
+        if inside is None or inside[0] in dropped or inside[0] + 1 not in dropped:
+            continue
+        own, total, behind = _values(model, path), torch.zeros(()), inside[0] + 1
+        while behind in dropped:
+            total, behind = total + _values(model, f"{family.blocks}.{behind}.{inside[1]}") - own, behind + 1
+        changes.append((path, Plus(total)))
+    return rewritten(model, changes)
+
+
+def _values(model: Model, path: str) -> Tensor:
+    return model.weight(path) if path in model.map.by_path else model.param(path)
 
 
 class RewrittenSource(Source):

@@ -3,7 +3,9 @@
 The view has a configuration of its own, which says the smaller sizes, and a source that leaves rows,
 columns or whole blocks out as it is read. Names and shapes are checked against the configuration as for any
 model, and what reads models (surveys, exports, runners) cannot tell it from one trained at that size.
-All blocks keep the same sizes: that is what every runtime loads.
+All blocks keep the same sizes, which every runtime loads, but for neurons of families that llama.cpp loads
+with a width for each block: the view is then as wide as the widest, with zeros behind the others' own, and
+the export leaves these out.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ from torch import Tensor
 
 from rarefy.core.errors import ModelError
 from rarefy.core.structure import KeyHeads
-from rarefy.models.families import head_width
+from rarefy.models.families import FAMILIES, PER_BLOCK_WIDTHS, Family, head_width
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.sources import Source
 from rarefy.models.tokens import without_tokens
 
-PER_BLOCK = ("layer_types", "no_rope_layers")  # settings of a configuration with one entry per block
+# settings of a configuration with one entry per block
+PER_BLOCK = ("layer_types", "no_rope_layers", "block_neurons")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,24 +125,43 @@ def written(model: Model | Network, units: Units) -> Float[Tensor, " units"]:
 
 def without_units(model: Model, kept: Mapping[int, Tensor], role: str,
                   refits: Mapping[int, Tensor]) -> Model:
-    """The model in which block b keeps the units ``kept[b]`` (sorted) of a role, as many in every block.
+    """The model in which block b keeps the units ``kept[b]`` (sorted) of a role, as many in every block but
+    for neurons of a family whose blocks may differ.
 
     refits: by block, the matrix [kept columns, columns] that the reader is multiplied with; without one its
     columns are only left out.
     """
-    sizes = {index.numel() for index in kept.values()}
-    if len(sizes) != 1 or len(kept) != model.map.blocks or 0 in sizes:
-        raise ModelError(f"{model.name}: every block must keep the same number of {role}, and at least one")
+    sizes = [kept[block].numel() for block in sorted(kept)]
+    if len(sizes) != model.map.blocks or 0 in sizes:
+        raise ModelError(f"{model.name}: every block must keep {role}, at least one")
+    family = model.map.family
+    if len(set(sizes)) > 1:
+        family = _uneven(model, role)
     cuts: dict[str, list[Cut]] = {}
     for block, index in kept.items():
-        units = GROUPS[role](model, block)
+        units, zeros = GROUPS[role](model, block), max(sizes) - index.numel()
         for place in units.writers:
-            cuts.setdefault(place.path, []).append(Cut(place.axis, place.kept(index), None))
+            cuts.setdefault(place.path, []).append(Cut(place.axis, place.kept(index), None, zeros))
         reader = units.reader
-        cuts.setdefault(reader.path, []).append(Cut(1, reader.kept(index), refits.get(block)))
+        cuts.setdefault(reader.path, []).append(Cut(1, reader.kept(index), refits.get(block), zeros))
     config = copy.deepcopy(model.config)
-    _resize(config, role, sizes.pop())
-    return _view(model, config, ShrunkSource(model.source, cuts, model.map.by_path, {}))
+    _resize(config, role, max(sizes))
+    if role == "neurons":
+        config.block_neurons = sizes if len(set(sizes)) > 1 else None
+    source = ShrunkSource(model.source, cuts, model.map.by_path, {})
+    return Model(model.name, family, config, source, lambda: model.tokenizer)
+
+
+def _uneven(model: Model, role: str) -> Family:
+    """The family in which blocks may differ."""
+    name = PER_BLOCK_WIDTHS.get(model.map.family.name)
+    if role != "neurons" or name is None:
+        raise ModelError(f"{model.name}: every block must keep the same number of {role}; only neurons of "
+                         "Llama and Mistral may differ, for llama.cpp")
+    if any(re.search(r"(gate|up)_proj\.bias$", param.path) for param in model.map.params):
+        raise ModelError(f"{model.name}: its feed-forward parts have biases, which llama.cpp's files with a "
+                         "width for each block have not; keep the same number of neurons everywhere")
+    return next(family for family in FAMILIES if family.name == name)
 
 
 def key_heads(model: Model, block: int) -> KeyHeads:
@@ -256,16 +278,26 @@ def _with_bias(model: Model, site: Site) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Positions of one axis that stay; ``refit``: or the matrix [kept, all] that makes them of all."""
+    """Positions of one axis that stay; ``refit``: or the matrix [kept, all] that makes them of all.
+
+    zeros: how many are put behind.
+    """
 
     axis: int
     kept: Tensor
     refit: Tensor | None
+    zeros: int = 0
 
     def applied(self, values: Tensor) -> Tensor:
         if self.refit is not None:
-            return self.refit @ values if self.axis == 0 else values @ self.refit.T
-        return values.index_select(self.axis, self.kept)
+            values = self.refit @ values if self.axis == 0 else values @ self.refit.T
+        else:
+            values = values.index_select(self.axis, self.kept)
+        if not self.zeros:
+            return values
+        shape = list(values.shape)
+        shape[self.axis] = self.zeros
+        return torch.cat([values, values.new_zeros(shape)], self.axis)
 
 
 class ShrunkSource(Source):
@@ -286,7 +318,8 @@ class ShrunkSource(Source):
     def shape(self, name: str) -> tuple[int, ...]:
         shape = list(self.inner.shape(self._inside(name)))
         for cut in self._cuts.get(name, ()):
-            shape[len(shape) - 1 - cut.axis if self._flipped(name) else cut.axis] = cut.kept.numel()
+            axis = len(shape) - 1 - cut.axis if self._flipped(name) else cut.axis
+            shape[axis] = cut.kept.numel() + cut.zeros
         return tuple(shape)
 
     def dtype(self, name: str) -> str:
@@ -321,7 +354,7 @@ class ShrunkSource(Source):
     def _picked(self, name: str) -> Tensor | None:
         """The rows of a tensor of which nothing but rows was left out."""
         match self._cuts[name]:
-            case [Cut(axis=0, kept=kept, refit=None)] if not self._flipped(name):
+            case [Cut(axis=0, kept=kept, refit=None, zeros=0)] if not self._flipped(name):
                 return kept
             case _:
                 return None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rarefy.core.errors import ModelError
 from rarefy.core.nodes import Dense, Node, Quantized
 from rarefy.formats.gguf import GgufFile
-from rarefy.models.families import Family
+from rarefy.models.families import Family, block_widths
 
 _CHUNK = 1 << 24  # numbers looked at together when searching for NaN
 
@@ -156,6 +156,8 @@ class GgufSource(Source):
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.file.tensors[self._places[name]].shape
+        if missing := self._missing(name):
+            return shape[0] + missing[0], shape[1] + missing[1]
         return shape[::-1] if self._flipped(name) else shape
 
     def dtype(self, name: str) -> str:
@@ -164,6 +166,16 @@ class GgufSource(Source):
 
     def files(self) -> tuple[Path, ...]:
         return (self.file.path,)
+
+    def _missing(self, name: str) -> tuple[int, int] | None:
+        """Rows and columns of zeros that a matrix needs to be as wide as that of the widest block."""
+        widths, matrix = block_widths(self._config), self._family.matrix(name)
+        if widths is None or matrix is None or matrix.role not in ("gate", "up", "down"):
+            return None
+        inside = self._family.inside(name)
+        assert inside is not None
+        count = max(widths) - widths[inside[0]]
+        return (0, count) if matrix.role == "down" else (count, 0)
 
     def _flipped(self, name: str) -> bool:
         return self._family.transposed and self._family.matrix(name) is not None
@@ -176,6 +188,8 @@ class GgufSource(Source):
             if order is not None:
                 values = values[torch.tensor(order).argsort()]
             return (values - self._family.norm_offset if self._family.is_norm(name) else values)[index]
+        if missing := self._missing(name):
+            return nn.functional.pad(tensor.node().dense(), (0, missing[1], 0, missing[0]))[index]
         if self._flipped(name):
             return tensor.node().dense().T[index]
         if name in self._kept:

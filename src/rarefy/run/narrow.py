@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from rarefy.models.network import Network
 from rarefy.models.shrunk import Units, written
 from rarefy.run.planning import build_structure, structures
 from rarefy.run.recipe import split
+from rarefy.run.reshape import Damages
 from rarefy.training.students import shallower
 
 JUDGED = 256  # samples on which the loss of a block is measured
@@ -186,6 +188,9 @@ def thinned(network: Network, technique: Thinning, examples: Examples | None, *,
         raise refuse_heads(network)
     if not network.map.blocks or network.config is None:
         raise EditError(f"{network.name}: is no encoder of transformers; take channels out with filters")
+    if technique.spread == "global":
+        raise RecipeError(f"{network.name}: transformers' encoders have one width for all blocks; use "
+                          "spread: uniform")
     units = [neurons(network, block) for block in range(network.map.blocks)]
     evidence = _evidence(network, technique, units, examples, seed)
     costs = _removals(network, technique, units, examples, seed)
@@ -250,23 +255,19 @@ def _lost(group: UnitGroup, kept: Tensor, refit: Tensor | None) -> float:
 def shortened(network: Network, technique: Shortening, examples: Examples, *, name: str = "",
               advance: Advance = lambda done, total: None) -> Narrowed:
     """The encoder without the blocks that the technique names."""
-    started, total = time.perf_counter(), network.map.blocks
-    passages = _passages(network, examples)
-    if technique.measures:
-        judge, measured = Judge(network, examples.select(torch.arange(min(JUDGED, len(examples))))), []
-        for each in passages:
-            damage = judge.compare(_without(network, {each.block})).mean
-            measured.append(replace(each, damage=damage))
-            advance(each.block + 1, total)
-        passages = tuple(measured)
-    dropped = technique.drop(passages)
+    if technique.fold:
+        raise EditError(f"{network.name}: an encoder's blocks end with a norm, so the block before cannot "
+                        f"take over what was dropped; leave fold {technique.fold} out and distil")
+    started, passages = time.perf_counter(), _passages(network, examples)
+    few = examples.select(torch.arange(min(JUDGED, len(examples))))
+    judge = cache(lambda: Judge(network, few))
+    damage = Damages(lambda dropped: judge().compare(_without(network, set(dropped))).mean, advance)
+    dropped = technique.drop(passages, damage)
     seconds, receipts = time.perf_counter() - started, []
     for block in dropped:
         bits = sum(site.shape[0] * site.shape[1] for site in network.map.in_block(block)) * 16
-        each = passages[block]
-        cost = each.influence if each.damage is None else each.damage
         receipts.append(Receipt(f"block {block}", name, bits, 0, float("nan"), seconds / len(dropped),
-                                note=f"left out at a cost of {cost:.3g}"))
+                                note=damage.said(dropped, passages[block].influence)))
     return Narrowed(_without(network, set(dropped)), tuple(receipts))
 
 

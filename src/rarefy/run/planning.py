@@ -14,7 +14,7 @@ from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nouns import Option, Step
-from rarefy.core.structure import Merging, Narrowing, Shortening, Thinning, Trimming
+from rarefy.core.structure import Merging, Narrowing, Shortening, Slicing, Thinning, Trimming
 from rarefy.core.tune import Trainer
 from rarefy.formats.ggml import CODECS
 from rarefy.numerics.grids import Grid, integer_grid_named
@@ -23,6 +23,7 @@ from rarefy.run.effort import Effort
 from rarefy.run.sweep import Work
 from rarefy.techniques.depth.early_exit import EarlyExit
 
+Structure = Thinning | Shortening | Merging | Narrowing | Trimming | Slicing
 TUNE = "tune"  # a step that trains what there is, under no technique
 
 
@@ -100,9 +101,9 @@ def build_transform(step: Step) -> Transform:
     return technique
 
 
-def build_structure(step: Step) -> Thinning | Shortening | Merging | Narrowing | Trimming:
+def build_structure(step: Step) -> Structure:
     """The technique of scope ``structure`` that a step names, with its settings."""
-    technique: Thinning | Shortening | Merging | Narrowing | Trimming = _made(step, structures(), step.format)
+    technique: Structure = _made(step, structures(), step.format)
     return technique
 
 

@@ -11,17 +11,31 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from rarefy.calibration.channels import head_inputs
 from rarefy.calibration.evidence import Advance, Stream, survey
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Evidence, Receipt, Recipe
-from rarefy.core.structure import Merging, Narrowing, Passage, Shortening, Thinning, Trimming, UnitGroup
+from rarefy.core.structure import (
+    Damage,
+    Merging,
+    Narrowing,
+    Passage,
+    Residual,
+    Shortening,
+    Slicing,
+    Thinning,
+    Trimming,
+    UnitGroup,
+)
 from rarefy.measure.divergence import Reference
 from rarefy.models.map import Site
 from rarefy.models.model import Model
+from rarefy.models.rewritten import Plus, collapsed, rewritten
 from rarefy.models.runner import Runner
 from rarefy.models.shrunk import (
     GROUPS,
@@ -32,6 +46,7 @@ from rarefy.models.shrunk import (
     without_units,
     written,
 )
+from rarefy.models.sliced import sliced, without_gains
 from rarefy.run.planning import build_structure, structures
 from rarefy.run.recipe import split
 
@@ -68,10 +83,16 @@ def reshaped(model: Model, recipe: Recipe, tokens: Tensor | None,
             done = shortened(model, technique, tokens, name=step.technique, advance=advance)
         elif isinstance(technique, Merging):
             done = merged(model, technique, name=step.technique)
+        elif isinstance(technique, Slicing):
+            assert tokens is not None
+            done = narrower(model, technique, tokens, name=step.technique, advance=advance)
         elif isinstance(technique, Narrowing):
             raise RecipeError(f"{step.technique}: takes channels out of networks that are no language "
                               "models; use units")
         else:
+            if technique.spread == "global" and recipe.target not in ("auto", "llama.cpp"):
+                raise RecipeError(f"{step.technique}: {recipe.target} loads one width for all blocks, so "
+                                  "spread global would save nothing there; use uniform")
             done = thinned(model, technique, tokens, name=step.technique, seed=recipe.seed, advance=advance)
         model, receipts = done.model, receipts + done.receipts
     return Reshaped(model, receipts)
@@ -84,19 +105,27 @@ def thinned(model: Model, technique: Thinning, tokens: Tensor | None, *, name: s
     """The model without the units that cost least, as many in every block."""
     kept: dict[int, Tensor] = {}
     refits: dict[int, Tensor] = {}
-    receipts = []
+    receipts, counts = [], tuple[int, ...]()
+    if technique.spread == "global":  # grams are looked at twice, so that one at a time is in memory
+        counts = technique.counts(tuple(_scores(group, technique) for group in
+                                        _groups(model, technique, tokens, seed, advance)))
     for group in _groups(model, technique, tokens, seed, advance):
         started = time.perf_counter()
-        count, scores = technique.count(group), technique.scores(group)
-        if not bool(torch.isfinite(scores).all()):
-            raise EditError(f"{group.site}: the cost of its {group.role} is not finite; check the model")
-        index = group.dearest(scores, count)
+        count = counts[group.block] if counts else technique.count(group)
+        index = group.dearest(_scores(group, technique), count)
         refit = technique.refit(group, index)
         if refit is not None:
             refits[group.block] = refit
         kept[group.block] = index
         receipts.append(_receipt(group, name, index, refit, time.perf_counter() - started))
     return Reshaped(without_units(model, kept, technique.units, refits), tuple(receipts))
+
+
+def _scores(group: UnitGroup, technique: Thinning) -> Tensor:
+    scores = technique.scores(group)
+    if not bool(torch.isfinite(scores).all()):
+        raise EditError(f"{group.site}: the cost of its {group.role} is not finite; check the model")
+    return scores
 
 
 def _groups(model: Model, technique: Thinning, tokens: Tensor | None, seed: int,
@@ -183,6 +212,40 @@ def merged(model: Model, technique: Merging, *, name: str = "") -> Reshaped:
     return Reshaped(with_merged_heads(model, merges), tuple(receipts))
 
 
+# ---- the stream between the blocks
+
+def narrower(model: Model, technique: Slicing, tokens: Tensor, *, name: str = "",
+             advance: Advance = lambda done, total: None) -> Reshaped:
+    """The model whose stream has fewer channels, a basis of the technique's."""
+    started = time.perf_counter()
+    plain = without_gains(model)
+    site = f"{model.map.family.body} (stream)"
+    stream = Residual(site, _moment(plain, tokens, advance))
+    basis = technique.basis(stream)
+    done = sliced(plain, basis, stream.moment)
+    held = float((basis.T @ stream.moment @ basis).trace() / stream.moment.trace())
+    note = (f"{basis.shape[0] - basis.shape[1]} of {basis.shape[0]} channels left out, "
+            f"{held:.2%} of the energy stays")
+    return Reshaped(done, (Receipt(site, name, plain.parameters * 16, done.parameters * 16, 1 - held,
+                                   time.perf_counter() - started, note=note),))
+
+
+@torch.no_grad()
+def _moment(model: Model, tokens: Tensor, advance: Advance) -> Tensor:
+    """Second moment of what norms without gains pass on, all norms alike."""
+    stream, total = Stream(Runner(model), tokens), torch.zeros(())
+    for block in range(model.map.blocks):
+        first = {site.role: site.path for site in model.map.in_block(block)}
+        paths = {next(first[role] for role in roles if role in first)
+                 for roles in (("q", "qkv"), ("gate", "gate_up"))}
+        for seen in stream.inputs(block, paths).values():
+            total = total + seen.gram / seen.tokens
+        stream.advance(block)
+        advance(block + 1, model.map.blocks)
+    last = head_inputs(stream).evidence
+    return (total + last.gram / last.tokens) / (2 * model.map.blocks + 1)
+
+
 # ---- blocks
 
 def shortened(model: Model, technique: Shortening, tokens: Tensor, *, name: str = "",
@@ -190,17 +253,86 @@ def shortened(model: Model, technique: Shortening, tokens: Tensor, *, name: str 
     """The model without the blocks that the technique names."""
     started = time.perf_counter()
     passages = _passages(model, tokens, advance)
-    if technique.measures:
-        passages = _measured(model, passages, tokens[:WINDOWS], advance)
-    dropped = technique.drop(passages)
+    reference = cache(lambda: Reference(model, tokens[:WINDOWS]))
+    damage = Damages(lambda dropped: reference().compare(Runner(without_blocks(model, dropped))).kl_mean,
+                     advance)
+    dropped = technique.drop(passages, damage)
     seconds = time.perf_counter() - started
     receipts = []
     for block in dropped:
         bits = sum(site.shape[0] * site.shape[1] for site in model.map.in_block(block)) * 16
-        cost = passages[block].influence if passages[block].damage is None else passages[block].damage
         receipts.append(Receipt(f"{model.map.family.blocks}.{block}", name, bits, 0, float("nan"),
-                                seconds / len(dropped), note=f"left out at a cost of {cost:.3g}"))
+                                seconds / len(dropped),
+                                note=damage.said(dropped, passages[block].influence)))
+    if technique.fold == "merge":
+        model = collapsed(model, dropped)
+    elif technique.fold == "bridge":
+        model = rewritten(model, _bridged(model, technique, dropped, tokens).items())
     return Reshaped(without_blocks(model, frozenset(dropped)), tuple(receipts))
+
+
+class Damages:
+    """What choices of blocks cost when they are left out, each measured once."""
+
+    def __init__(self, measure: Damage, advance: Advance) -> None:
+        self.found: dict[frozenset[int], float] = {}
+        self._measure, self._advance = measure, advance
+
+    def __call__(self, dropped: frozenset[int]) -> float:
+        if dropped not in self.found:
+            self.found[dropped] = self._measure(dropped)
+            self._advance(len(self.found), len(self.found))
+        return self.found[dropped]
+
+    def said(self, dropped: tuple[int, ...], influence: float) -> str:
+        """What a receipt says of a block that went."""
+        if not self.found:
+            return f"left out at an influence of {influence:.3g}"
+        together = f" for all {len(dropped)} that went" if len(dropped) > 1 else ""
+        return f"left out at a KL of {self(frozenset(dropped)):.3g}{together}"
+
+
+@torch.no_grad()
+def _bridged(model: Model, technique: Shortening, dropped: tuple[int, ...], tokens: Tensor
+             ) -> dict[str, Plus]:
+    """For every block before some that went, what is added to the matrix that it writes with."""
+    if any(stem == "post_ffw_norm" for _, stem in model.map.family.vectors):
+        raise EditError(f"{model.name}: between a block's last matrix and what it puts out stands a norm, so "
+                        "no matrix can take dropped blocks over; use fold: merge")
+    changes: dict[str, Plus] = {}
+    whole = Stream(Runner(model), tokens)
+    ours = Stream(Runner(model, lambda path: None if path not in changes
+                         else model.weight(path) + changes[path].values), tokens)
+    for block in range(model.map.blocks):
+        if block in dropped:
+            continue
+        whole.advance(block)
+        last = block
+        while last + 1 in dropped:
+            last += 1
+            whole.advance(last)
+        if last > block:
+            path = next(site.path for site in model.map.in_block(block) if site.role == "down")
+            changes[path] = Plus(technique.bridge(*_missing(ours, whole, block, path)))
+        ours.advance(block)
+    return changes
+
+
+def _missing(ours: Stream, whole: Stream, block: int, path: str) -> tuple[Tensor, Tensor]:
+    """The moment of what the matrix reads, and of that with what is missing; tokens weighed by 1 / |h|^2."""
+    moment, missing = torch.zeros(()), torch.zeros(())
+    seen: dict[str, Tensor] = {}
+
+    def observe(site: str, x: Tensor, y: Tensor) -> None:
+        seen[site] = x
+
+    for hidden, wanted, context in zip(ours.hidden, whole.hidden, ours.contexts, strict=True):
+        out = ours.runner.block(block, hidden, context, observe)
+        x, h = seen[path].flatten(0, 1), wanted.flatten(0, 1)
+        weighed = x / h.square().sum(1, keepdim=True).clamp_min(1e-12)
+        moment = moment + weighed.T @ x
+        missing = missing + (h - out.flatten(0, 1)).T @ weighed
+    return moment, missing
 
 
 @torch.no_grad()
@@ -215,15 +347,4 @@ def _passages(model: Model, tokens: Tensor, advance: Advance) -> tuple[Passage, 
                    for a, b in zip(before, stream.hidden, strict=True)]
         found.append(Passage(block, 1.0 - float(torch.cat(cosines).mean())))
         advance(block + 1, model.map.blocks)
-    return tuple(found)
-
-
-def _measured(model: Model, passages: tuple[Passage, ...], tokens: Tensor,
-              advance: Advance) -> tuple[Passage, ...]:
-    reference = Reference(model, tokens)
-    found = []
-    for each in passages:
-        kl = reference.compare(Runner(without_blocks(model, frozenset({each.block})))).kl_mean
-        found.append(replace(each, damage=kl))
-        advance(each.block + 1, len(passages))
     return tuple(found)

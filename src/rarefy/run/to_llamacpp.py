@@ -10,7 +10,15 @@ from typing import Any
 from rarefy.core.errors import RecipeError, TargetError
 from rarefy.core.nodes import Node
 from rarefy.core.nouns import Choice, Option, Step
-from rarefy.export.gguf import LLAMA_CPP, export_gguf, fixed_bytes, gguf_bytes, loadable, site_bytes
+from rarefy.export.gguf import (
+    LLAMA_CPP,
+    export_gguf,
+    fixed_bytes,
+    gguf_bytes,
+    held,
+    loadable,
+    site_bytes,
+)
 from rarefy.formats.ggml import CODECS
 from rarefy.models.map import Site
 from rarefy.models.model import Model, open_model
@@ -44,7 +52,8 @@ class LlamaCpp:
     # ---- formats
 
     def choices(self, opened: Opened, site: Site) -> dict[str, Choice]:
-        return {name: Choice(CODECS[name].grid or CODECS[name].dtype, site_bytes(site, name))
+        stored = held(_model(opened), site)
+        return {name: Choice(CODECS[name].grid or CODECS[name].dtype, site_bytes(stored, name))
                 for name in loadable(_model(opened), site)}
 
     def held(self, opened: Opened, site: Site, option: Option) -> Option | None:
@@ -66,7 +75,7 @@ class LlamaCpp:
         if any(map(_prunes, chain)) and not _stores_zeros(name):
             raise RecipeError(f"{site.path}: {name} has no code for zero, so it cannot store what is pruned: "
                               f"choose one of {', '.join(filter(_stores_zeros, fitting))}")
-        return Option(site.path, name, site_bytes(site, name), float("nan"), chain)
+        return Option(site.path, name, site_bytes(held(_model(opened), site), name), float("nan"), chain)
 
     def shown(self, option: Option, tree: Node | None) -> Option:
         return option

@@ -13,8 +13,9 @@ prediction, leaving u out costs
     obs          1/2 sum_i f_i W_u,i ((G^-1)_uu)^-1 W_u,i^T          what is left when the others step in
 
 The units that cost least go, as many in every block, so that any runtime loads what is left; of queries as
-many from all that share keys and values. ``compensate``
-then refits the reader by least squares on the kept columns K,
+many from all that share keys and values. With spread ``global`` neurons go wherever they cost the fewest
+nats, down to ``floor`` of a block's: llama.cpp loads a width for each block of Llama and Mistral.
+``compensate`` then refits the reader by least squares on the kept columns K,
 
     W' = W G_:K (G_KK)^-1,
 
@@ -40,6 +41,7 @@ from rarefy.core.structure import UnitGroup
 from rarefy.numerics.linear import damped
 
 UNITS = ("neurons", "heads", "queries")
+PRICED = ("fisher", "taylor", "obs")  # criteria in nats
 CRITERIA = ("magnitude", "activation", "wanda", "fisher", "taylor", "obs")
 
 
@@ -48,7 +50,8 @@ class Units:
     """Leave out a share of the units of every block.
 
     Shapes: scores [units]; refit [kept columns, in]. units: neurons, heads (with keys and values) or queries.
-    ratio: the share that goes. multiple: what stays is rounded up to a multiple of this many channels, as
+    ratio: the share that goes. spread: uniform or global. floor: the share of every block that stays under
+    global. multiple: what stays is rounded up to a multiple of this many channels, as
     block formats need whole blocks. compensate: refit the reader. damping: share of the Gram's mean diagonal
     added to it.
     """
@@ -56,6 +59,8 @@ class Units:
     units: str = "neurons"
     ratio: float = 0.25
     criterion: str = "obs"
+    spread: str = "uniform"
+    floor: float = 0.25
     compensate: bool = True
     multiple: int = 32
     damping: float = 0.01
@@ -72,6 +77,13 @@ class Units:
                               f"{did_you_mean(self.criterion, list(CRITERIA))}")
         if not 0 < self.ratio < 1:
             raise RecipeError(f"ratio {self.ratio}: must be a share above 0 and below 1")
+        if self.spread not in ("uniform", "global"):
+            raise RecipeError(f"spread {self.spread!r}: choose uniform or global")
+        if self.spread == "global" and (self.units != "neurons" or self.criterion not in PRICED):
+            raise RecipeError(f"spread global of {self.units} by {self.criterion}: only neurons differ in "
+                              f"number, and only costs in nats compare across blocks ({', '.join(PRICED)})")
+        if not 0 <= self.floor < 1:
+            raise RecipeError(f"floor {self.floor}: must be a share below 1")
         if self.multiple < 1:
             raise RecipeError(f"multiple {self.multiple}: must be 1 or more")
 
@@ -95,6 +107,18 @@ class Units:
         if wanted < 1:
             raise EditError(f"{asked} leaves none that stay; lower it")
         return kept
+
+    def counts(self, scores: tuple[Float[Tensor, " units"], ...]) -> tuple[int, ...]:
+        """How many units stay in every block when the cheapest of all go."""
+        least = [max(1, round(cost.numel() * self.floor)) for cost in scores]
+        queue = sorted((float(value), block)
+                       for block, (cost, stay) in enumerate(zip(scores, least, strict=True))
+                       for value in cost.sort().values[:cost.numel() - stay])
+        counts = [cost.numel() for cost in scores]
+        for _, block in queue[:round(self.ratio * sum(counts))]:
+            counts[block] -= 1
+        return tuple(min(cost.numel(), -(-count // self.multiple) * self.multiple)
+                     for count, cost in zip(counts, scores, strict=True))
 
     def scores(self, group: UnitGroup) -> Float[Tensor, " units"]:
         """What leaving each unit out costs."""
