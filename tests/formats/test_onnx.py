@@ -18,8 +18,18 @@ from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, S
 from rarefy.core.tensors import CP, Tucker  # noqa: E402
 from rarefy.formats.ggml import CODECS  # noqa: E402
 from rarefy.formats.integers import integers, unpacked  # noqa: E402
-from rarefy.formats.onnx import OPSET, Graph, Window, convolution, embedding, linear, weight  # noqa: E402
+from rarefy.formats.onnx import (  # noqa: E402
+    OPSET,
+    Graph,
+    Window,
+    computable,
+    convolution,
+    embedding,
+    linear,
+    weight,
+)
 from rarefy.numerics.grids import Grid, Stored, integer_grid  # noqa: E402
+from rarefy.numerics.ranges import Rows  # noqa: E402
 from rarefy.techniques.quantize.rtn import RTN  # noqa: E402
 
 OUT, IN = 10, 64
@@ -122,7 +132,7 @@ def test_codes_and_scales_go_over_bit_for_bit(name: str) -> None:
     graph, found = Graph(), integers(NODES[name])
     assert found is not None
     linear(graph, "x", NODES[name], "w")
-    (node,) = graph.nodes
+    *_, node = graph.nodes
     fields = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
     codes = onnx.numpy_helper.to_array(graph.constants["w.codes"])
     assert node.op_type == "MatMulNBits" and fields["bits"] == found.bits
@@ -143,9 +153,22 @@ def test_integer_multiplication_holds_the_same_codes(compute: str) -> None:
                           node.scale.dense()[:, 0].numpy())
     if compute == "dynamic":
         x = draw(5, IN)
-        step = (x.max() - x.min()) / 255
         found = ran(graph, graph.nodes[-1].output[0], x)
-        assert (found - x @ node.dense().T).abs().max() < step * 0.5 * IN**0.5 * 4
+        assert torch.allclose(found, Rows().rounded(x) @ node.dense().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4 by row", "clustered"])
+@pytest.mark.parametrize("rows", [Rows(), Rows(20), Rows(128, torch.linspace(0.5, 2, IN))],
+                         ids=["middle", "skewed", "factors"])
+def test_any_coarse_weight_is_multiplied_in_eight_bits(name: str, rows: Rows) -> None:
+    """What the runtime rounds when it loads the file, and every row of the input, are what we say."""
+    graph, node, x = Graph(), NODES[name], draw(3, 5, IN)
+    x[..., 2] *= 30
+    linear(graph, "x", node, "w", "dynamic", rows)
+    assert [each.op_type for each in graph.nodes].count("MatMulIntegerToFloat") == 1
+    kept = rows.factors is None and computable(node)
+    expected = rows.rounded(x) @ (node.dense() if kept else rows.weight(node.dense())).T
+    assert torch.allclose(ran(graph, graph.nodes[-1].output[0], x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_small_codebooks_stay_small() -> None:

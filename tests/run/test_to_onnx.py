@@ -55,7 +55,7 @@ def test_the_runtime_answers_as_we_do(encoder: Result) -> None:
     assert runtime["kl_mean"] == pytest.approx(ours["kl_mean"], rel=0.1, abs=1e-4)
     assert runtime["task"]["accuracy"] > 0.9
     assert runtime["logit_error_vs_float"]["kl_mean"] < 1e-3
-    assert runtime["activations"] in ("floats", "8 bits, ranges as they come")
+    assert runtime["activations"] in ("floats", "8 bits, a scale for every token")
 
 
 def test_speed_is_against_the_original_in_the_same_runtime(encoder: Result) -> None:

@@ -30,7 +30,7 @@ from rarefy.models.network import map_network
 INSIDE = "network."  # what the wrapper puts before the paths of weights
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 PARTS = ("key", "value")
-Length = int | torch.SymInt
+Length = Any  # an int, or its symbol while a graph is traced
 MASKED = -1e9   # added to the scores of what a token must not see: finite, so that a padded row has no NaN
 FITS = 1e-4     # relative error of the graph's own arithmetic to the network's, where both are float32
 

@@ -5,7 +5,9 @@ that reads the weight's tree (``formats.onnx``), and BatchNorm is folded into th
 scales the scales of its rows and leaves the codes alone. How 8-bit weights are multiplied is a setting:
 
     float     they are decoded, by MatMulNBits or when the runtime loads the file
-    dynamic   linear layers round their input to 8 bits as it comes (DynamicQuantizeLinear, MatMulInteger)
+    dynamic   linear layers round their input to 8 bits as it comes, a scale for every token; weights of fewer
+              bits, and those behind factors of channels (``numerics.ranges``), are rounded to 8 bits when
+              the file is loaded, because that is what is fast
     static    linear layers and convolutions between QuantizeLinear and DequantizeLinear with ranges that
               calibration gave; residual sums and pooling between convolutions stay in 8 bits
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,17 @@ from torch import Tensor, nn
 from rarefy.core.errors import TargetError, did_you_mean
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
 from rarefy.core.nouns import Target
-from rarefy.export.program import Program, Values, activation_ranges, trace
+from rarefy.export.fusing import fuse
+from rarefy.export.program import Program, Values, activation_ranges, activation_samples, trace
 from rarefy.formats.integers import integers
 from rarefy.formats.onnx import (
     MICROSOFT,
     OPSET,
+    ROWS,
     Compute,
     Graph,
     Window,
+    coarse,
     computable,
     convolution,
     embedding,
@@ -46,7 +51,7 @@ from rarefy.formats.onnx import (
 )
 from rarefy.models.map import Site
 from rarefy.numerics.grids import Grid, integer_grid
-from rarefy.numerics.ranges import Range
+from rarefy.numerics.ranges import Range, Rows, rows_for
 
 GRIDS: dict[str, Grid] = {
     "int8": integer_grid(8, 0, dtype=torch.float32),
@@ -95,6 +100,7 @@ class Exported:
     plan: Quantization
     notes: tuple[str, ...] = ()
     params: Mapping[str, Tensor] | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def expected(self, inputs: Values) -> Tensor:
         """Our own evaluation of the same trees, activations rounded where the file rounds them."""
@@ -102,15 +108,21 @@ class Exported:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        return {**stored_tensors(self.program, self.trees), **dict(self.params or {})}
+        tensors = {**stored_tensors(self.program, self.trees), **dict(self.params or {})}
+        if self.settings.compute == "dynamic":
+            for name, source in self.plan.operators.items():
+                path, rows = self.program.reads[name], self.rows.get(source, ROWS)
+                if rows.factors is not None or not computable(self.trees[path]):
+                    site = self.program.sites[path]
+                    tensors[path] = site.stored(rows.weight(self.trees[path].dense()))
+        return tensors
 
     def _argument(self, name: str, values: Tensor) -> Tensor:
         if name not in self.plan.operators or self.settings.compute == "float":
             return values
-        if self.settings.compute == "dynamic":
-            low, high = torch.aminmax(values)
-            return Range(float(low), float(high)).rounded(values)
         source = self.plan.operators[name]
+        if self.settings.compute == "dynamic":
+            return self.rows.get(source, ROWS).rounded(values)
         return values if source in self.plan.chained else self.ranges[source].rounded(values)
 
     def _value(self, name: str, values: Tensor) -> Tensor:
@@ -144,7 +156,8 @@ def export_onnx(module: nn.Module, trees: Mapping[str, Node], path: Path | str, 
     """Write a network as one ONNX file.
 
     trees: what to store for each site; a site without one is stored as the module has it. inputs: an
-    example of what the network is called with. calibration: batches of inputs, for static ranges. dynamic:
+    example of what the network is called with. calibration: batches of inputs, for ranges of activations
+    (static), or for how rows of them are rounded (dynamic; without, all alike). dynamic:
     axes of the inputs that may have any length (texts: 0 and 1). params: norms or biases in place of the
     module's. program: of ``trace``, when there is one already.
     """
@@ -159,16 +172,29 @@ def export_onnx(module: nn.Module, trees: Mapping[str, Node], path: Path | str, 
     whole = {name: trees.get(name) or Dense(site.matrix(own[name].detach()).contiguous())
              for name, site in program.sites.items()}
     plan = quantization(program, whole, settings.compute)
-    ranges = {}
+    ranges, rows = {}, {}
+    tensors = {} if settings.compute == "float" else {**stored_tensors(program, whole), **changed}
+    if settings.compute == "dynamic" and calibration:
+        rows = _rows(program, calibration, tensors, whole, plan)
     if settings.compute == "static":
-        tensors = {**stored_tensors(program, whole), **changed}
         ranges = activation_ranges(program, calibration, tensors, plan.values, settings.ranges)
         ranges |= {name: ranges[source] for name, source in plan.passing.items()}
-    writer = _Writer(program, whole, settings, ranges, plan, changed)
+    writer = _Writer(program, whole, settings, ranges, plan, changed, rows)
     proto = writer.model()
     size = _save(proto, Path(path))
     return Exported(Path(path), size, program, whole, settings, ranges, plan, tuple(writer.graph.notes),
-                    changed)
+                    changed, rows)
+
+
+def _rows(program: Program, batches: Sequence[Values], tensors: Values, trees: Mapping[str, Node],
+          plan: Quantization) -> dict[str, Rows]:
+    """How each value that is multiplied in integers is rounded, decided on samples."""
+    readers: dict[str, list[str]] = defaultdict(list)
+    for name, source in plan.operators.items():
+        readers[source].append(program.reads[name])
+    samples = activation_samples(program, batches, tensors, readers)
+    return {source: rows_for(*samples[source], torch.cat([trees[path].dense() for path in paths]))
+            for source, paths in readers.items()}
 
 
 def stored_tensors(program: Program, trees: Mapping[str, Node]) -> dict[str, Tensor]:
@@ -181,12 +207,15 @@ def quantization(program: Program, trees: Mapping[str, Node], compute: Compute) 
     if compute == "float":
         return Quantization({}, frozenset(), {})
     graph = _Reading(program)
+    looked_up = {used.path for node in program.proto.graph.node
+                 if (used := graph.use(node)) is not None and used.kind != "linear"}
     operators: dict[str, str] = {}
     chain: set[str] = set()
     passing: dict[str, str] = {}
     for node in program.proto.graph.node:
         used = graph.use(node)
-        if used is not None and used.reads in graph.named and _in_integers(used, trees[used.path], compute):
+        if used is not None and used.reads in graph.named and _in_integers(
+                used, trees[used.path], compute, alone=used.path not in looked_up):
             operators[graph.result(node)] = used.reads
             if used.kind == "Conv":
                 chain.add(node.output[0])
@@ -208,9 +237,12 @@ def _source(name: str, passing: Mapping[str, str], kept: frozenset[str]) -> str:
     return name if name in kept else ""
 
 
-def _in_integers(used: Use, tree: Node, compute: Compute) -> bool:
+def _in_integers(used: Use, tree: Node, compute: Compute, *, alone: bool) -> bool:
+    """alone: whether linear layers alone use the weight, so that it may be rounded for them."""
     if used.kind == "Conv":
         return compute == "static" and computable(tree)
+    if compute == "dynamic":
+        return used.kind == "linear" and alone and coarse(tree)
     found = integers(tree)
     return used.kind == "linear" and found is not None and found.bits == 8 and computable(tree)
 
@@ -321,9 +353,10 @@ class _Writer:
     """Copies the graph operator by operator, with those that read weights replaced."""
 
     def __init__(self, program: Program, trees: Mapping[str, Node], settings: OnnxSettings,
-                 ranges: Mapping[str, Range], plan: Quantization, params: Mapping[str, Tensor]) -> None:
+                 ranges: Mapping[str, Range], plan: Quantization, params: Mapping[str, Tensor],
+                 rows: Mapping[str, Rows]) -> None:
         self.program, self.trees, self.settings = program, trees, settings
-        self.ranges, self.plan, self.params = ranges, plan, params
+        self.ranges, self.plan, self.params, self.rows = ranges, plan, params, rows
         self.reading = _Reading(program)
         self.graph = Graph(contrib=settings.contrib, accuracy=settings.accuracy)
         self._last = ""  # what the convolution just written gives
@@ -343,6 +376,8 @@ class _Writer:
         answers = {self.program.key: self.program.answer, **self.program.others}
         for name, value in answers.items():
             self.graph.add("Identity", self._read(value, chained=True), name=name)
+        if self.graph.contrib:
+            fuse(self.graph, self.reading.initial, set(answers))
         self._keep_needed(source, set(answers))
         inputs = [_called(each, self.program.inputs.get(each.name, each.name)) for each in source.input]
         outputs = [_called(each, name) for each, name in zip(source.output, answers, strict=False)]
@@ -383,7 +418,8 @@ class _Writer:
         if integer and self.settings.compute == "static":
             x = self._round(used.reads)
         compute: Compute = self.settings.compute if integer else "float"
-        done = linear(self.graph, x, self.trees[used.path], used.path, compute)
+        done = linear(self.graph, x, self.trees[used.path], used.path, compute,
+                      self.rows.get(used.reads, ROWS))
         if used.bias:
             done = self.graph.add("Add", done, used.bias)
         self._name(done, node.output[0])

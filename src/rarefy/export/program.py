@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
+from transformers import PreTrainedModel
 
 from rarefy.core.errors import TargetError, did_you_mean
 from rarefy.formats.onnx import OPSET, PIP, onnx_package
@@ -27,6 +28,7 @@ from rarefy.numerics.ranges import BINS, Range, entropy, percentile, range_of
 
 POSITIONAL = "input"  # the file's name of an input that is passed by position
 METHODS = ("minmax", "percentile", "entropy")
+SAMPLED = 128  # rows of a batch that tell how rows are rounded best
 Values = Mapping[str, Tensor]
 Change = Callable[[str, Tensor], Tensor]
 
@@ -123,7 +125,8 @@ def trace(module: nn.Module, inputs: Values, dynamic: tuple[int, ...] = (0,)) ->
     named = {name: values for name, values in example.items() if name != TENSOR}
     with _quiet(), torch.no_grad():
         key = _key(call(module, example, {}))
-    made = traced(module, args, named, tuple(shapes.values()) if args else shapes)
+    with _written_out(module):
+        made = traced(module, args, named, tuple(shapes.values()) if args else shapes)
     found, _ = map_network(module)
     proto = made.model_proto
     return Program(made.exported_program, proto, found.by_path, proto.graph.output[0].name, key, found.shared)
@@ -146,6 +149,21 @@ def traced(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], s
                               "branches that depend on data have to be rewritten") from None
     assert made is not None
     return made
+
+
+@contextlib.contextmanager
+def _written_out(module: nn.Module) -> Iterator[None]:
+    """transformers' attention as plain products: its fused one guards every row of scores against NaN,
+    which takes a runtime more time than the softmax."""
+    if not isinstance(module, PreTrainedModel):
+        yield
+        return
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(before)
 
 
 def _two(values: Tensor) -> Tensor:
@@ -173,6 +191,24 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def activation_samples(program: Program, batches: Iterable[Values], tensors: Values, names: Iterable[str]
+                       ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of values of the program: some rows [rows, channels], and the largest magnitude of each channel."""
+    wanted, kept, peaks = set(names), dict[str, list[Tensor]](), dict[str, Tensor]()
+
+    def look(name: str, values: Tensor) -> Tensor:
+        if name in wanted:
+            rows = values.detach().flatten(0, -2)
+            peak = rows.abs().amax(0)
+            peaks[name] = peak if name not in peaks else torch.maximum(peak, peaks[name])
+            kept.setdefault(name, []).append(rows[:: max(1, len(rows) // SAMPLED)])
+        return values
+
+    for batch in batches:
+        program.run(batch, tensors, value=look)
+    return {name: (torch.cat(parts), peaks[name]) for name, parts in kept.items()}
 
 
 def activation_ranges(program: Program, batches: Iterable[Values], tensors: Values, names: Iterable[str],

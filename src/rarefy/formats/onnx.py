@@ -2,7 +2,7 @@
 
 A weight becomes the smallest piece that its consumer can run. Where the weight is a matrix that multiplies,
 
-    Quantized   MatMulNBits (2, 4 or 8 bits), DynamicQuantizeLinear and MatMulInteger, or DequantizeLinear
+    Quantized   MatMulNBits (2, 4 or 8 bits), QuantizeLinear and MatMulIntegerToFloat, or DequantizeLinear
     Product     two products          Sum    a sum of products
     others      the weight, computed by the graph from what is stored (Cast, Sub, Mul, Gather, MatMul)
 
@@ -23,16 +23,16 @@ from torch import Tensor
 
 from rarefy.core.codebooks import Clustered, Hashed
 from rarefy.core.errors import TargetError
-from rarefy.core.nodes import Dense, Masked, Node, Product, Shared, Sum
+from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 from rarefy.core.tensors import CP, Tucker
 from rarefy.formats.integers import Integers, integers, packed
+from rarefy.numerics.ranges import SMALLEST, Rows
 
 Compute = Literal["float", "dynamic", "static"]
+ROWS = Rows()
 MICROSOFT = "com.microsoft"
 OPSET = 21  # DequantizeLinear of 4-bit integers; everything else is older
 PIP = "pip install 'rarefy[onnx]'"
-MIDDLE = 128  # the code of zero where rows of activations are rounded
-LEAST = 1e-30  # of the largest activation of a row: no division by zero
 BLOCKS = (16, 32, 64, 128, 256)  # columns under one scale that MatMulNBits knows
 
 
@@ -155,8 +155,16 @@ def _decompressed(graph: Graph, found: Integers, name: str) -> str:
     if not found.symmetric:
         zero = found.zero.unsqueeze(-1)
         values = graph.add("Sub", values, _zero(graph, found, zero, f"{name}.zero"))
-    values = graph.add("Mul", values, graph.constant(f"{name}.scale", found.scale.unsqueeze(-1)))
+    values = graph.add("Mul", values, _scales(graph, found.scale.unsqueeze(-1), f"{name}.scale"))
     return graph.add("Reshape", values, graph.constant(f"{name}.shape", [rows, columns]))
+
+
+def _scales(graph: Graph, scale: Tensor, name: str) -> str:
+    """Scales as float32, stored as float16 where that holds them. (OpenVINO's conversion would unfold it.)"""
+    half = scale.to(torch.float16)
+    if not graph.contrib or not torch.equal(half.float(), scale):
+        return graph.constant(name, scale)
+    return as_float(graph, graph.constant(name, half))
 
 
 def _codes(graph: Graph, found: Integers, shape: tuple[int, ...], name: str) -> str:
@@ -218,9 +226,13 @@ def _hashed(graph: Graph, node: Hashed, name: str) -> str:
 # ---- what uses weights ---------------------------------------------------------------------------------
 
 
-def linear(graph: Graph, x: str, node: Node, name: str, compute: Compute = "float") -> str:
-    """``x W^T`` for x [.., in]. compute: how 8-bit weights with one scale a row are multiplied; ``static``
-    expects ``x`` to come out of a DequantizeLinear."""
+def linear(graph: Graph, x: str, node: Node, name: str, compute: Compute = "float",
+           rows: Rows = ROWS) -> str:
+    """``x W^T`` for x [.., in]. compute: ``static`` expects ``x`` to come out of a DequantizeLinear, and
+    multiplies 8-bit weights with one scale a row as they are; ``dynamic`` rounds ``x`` as ``rows`` says and
+    any coarse weight to what integer kernels take."""
+    if compute == "dynamic" and coarse(node):
+        return _dynamic_linear(graph, x, node, name, rows)
     match node:
         case Product(left=left, right=right) if right.shape[0] * sum(node.shape) < prod(node.shape):
             inner = linear(graph, x, right, f"{name}.right")
@@ -231,8 +243,8 @@ def linear(graph: Graph, x: str, node: Node, name: str, compute: Compute = "floa
                 total = graph.add("Add", total, linear(graph, x, term, f"{name}.{k}", compute))
             return total
     found = integers(node)
-    if found is not None and compute != "float" and found.bits == 8 and computable(node):
-        return _integer_linear(graph, x, found, name, compute)
+    if found is not None and compute == "static" and found.bits == 8 and computable(node):
+        return _static_linear(graph, x, found, name)
     block = None if found is None or not graph.contrib else _block(found)
     if found is not None and block is not None:
         return _blockwise(graph, x, found, block, name)
@@ -243,50 +255,87 @@ def linear(graph: Graph, x: str, node: Node, name: str, compute: Compute = "floa
             return graph.add("MatMul", x, graph.add("Transpose", weight(graph, node, name), perm=[1, 0]))
 
 
+def coarse(node: Node) -> bool:
+    """Whether a weight is stored in so few bits that 8 for its kernel lose little."""
+    match node:
+        case Quantized() | Clustered() | Hashed():
+            return True
+        case Masked(inner=inner) | Shared(of=inner):
+            return coarse(inner)
+        case _:
+            return False
+
+
 def computable(node: Node) -> bool:
     """Whether integer kernels take this weight: 8 bits at most, symmetric, one scale a row."""
     found = integers(node)
     return found is not None and found.symmetric and found.by_row
 
 
-def _integer_linear(graph: Graph, x: str, found: Integers, name: str, compute: Compute) -> str:
+def _static_linear(graph: Graph, x: str, found: Integers, name: str) -> str:
+    codes = graph.constant(f"{name}.codes", signed(found.codes).T)
     scale = graph.constant(f"{name}.scale", found.scale[:, 0])
-    if compute == "static":
-        codes = graph.constant(f"{name}.codes", signed(found.codes).T)
-        zero = graph.constant(f"{name}.zero", np.zeros(len(found.scale), np.int8))
-        return graph.add("MatMul", x, graph.add("DequantizeLinear", codes, scale, zero, axis=1))
-    return _by_token(graph, x, graph.constant(f"{name}.codes", signed(found.codes).T), scale, name)
+    zero = graph.constant(f"{name}.zero", np.zeros(len(found.scale), np.int8))
+    return graph.add("MatMul", x, graph.add("DequantizeLinear", codes, scale, zero, axis=1))
 
 
-def _by_token(graph: Graph, x: str, codes: str, scale: str, name: str) -> str:
-    """``x W^T`` in integers: every row of ``x`` is rounded with a scale of its own. codes: int8 [in, out];
-    scale: of each output."""
+def _dynamic_linear(graph: Graph, x: str, node: Node, name: str, rows: Rows) -> str:
+    """``x W^T`` in integers, every row of ``x`` rounded with a scale of its own."""
     onnx = onnx_package()
     rounded = graph.made.get((x, "rounded"))
     if rounded is None:  # q, k and v round their input once
-        rounded = graph.made[(x, "rounded")] = _rounded_rows(graph, x)
-    middle = graph.constant("rarefy.middle", np.array(MIDDLE, np.uint8))
+        rounded = graph.made[(x, "rounded")] = _rounded_rows(graph, x, rows)
+    codes, scale = _eight_bits(graph, node, name, rows)
+    zero = graph.constant(f"rarefy.middle{rows.middle}", np.array(rows.middle, np.uint8))
     if graph.contrib:
         one = graph.constant("rarefy.one", np.array(1, np.float32))
-        product = graph.add("MatMulIntegerToFloat", rounded[0], codes, one, scale, middle, domain=MICROSOFT)
+        product = graph.add("MatMulIntegerToFloat", rounded[0], codes, one, scale, zero, domain=MICROSOFT)
     else:
-        product = graph.add("MatMulInteger", rounded[0], codes, middle)
+        product = graph.add("MatMulInteger", rounded[0], codes, zero)
         product = graph.add("Mul", graph.add("Cast", product, to=onnx.TensorProto.FLOAT), scale)
     return graph.add("Mul", product, rounded[1])
 
 
-def _rounded_rows(graph: Graph, x: str) -> tuple[str, str]:
-    """Codes of ``x`` [.., in], uint8 around ``MIDDLE``, and the scale of each row [.., 1]."""
-    last = graph.constant("rarefy.last", [-1])
-    largest = graph.add("ReduceMax", graph.add("Abs", x), last)
-    largest = graph.add("Max", largest, graph.constant("rarefy.least", np.array(LEAST, np.float32)))
-    scale = graph.add("Mul", largest, graph.constant("rarefy.step", np.array(1 / 127, np.float32)))
-    rows = graph.add("Flatten", x, axis=-1)
+def _rounded_rows(graph: Graph, x: str, rows: Rows) -> tuple[str, str]:
+    """Codes of ``x`` [.., in] and the scale of each row [.., 1]."""
+    last, middle = graph.constant("rarefy.last", [-1]), rows.middle
+    if rows.factors is not None:
+        x = graph.add("Mul", x, graph.constant(f"{x}.factors", 1 / rows.factors))
+    ends = []
+    for op, step in (("ReduceMax", 1 / (255 - middle)), ("ReduceMin", -1 / middle)):
+        share = graph.constant(f"rarefy.{op}{middle}", np.array(step, np.float32))
+        ends.append(graph.add("Mul", graph.add(op, x, last), share))
+    scale = graph.add("Max", *ends, graph.constant("rarefy.least", np.array(SMALLEST, np.float32)))
     steps = graph.add("Reshape", scale, last)
-    zeros = graph.add("Expand", graph.constant("rarefy.middle", np.array(MIDDLE, np.uint8)),
-                      graph.add("Shape", steps))
-    codes = graph.add("QuantizeLinear", rows, steps, zeros, axis=0)
+    zero = graph.constant(f"rarefy.middle{middle}", np.array(middle, np.uint8))
+    zeros = graph.add("Expand", zero, graph.add("Shape", steps))
+    codes = graph.add("QuantizeLinear", graph.add("Flatten", x, axis=-1), steps, zeros, axis=0)
     return graph.add("Reshape", codes, graph.add("Shape", x)), scale
+
+
+def _eight_bits(graph: Graph, node: Node, name: str, rows: Rows) -> tuple[str, str]:
+    """A weight as int8 codes [in, out] and scales [out]: those it has, or what it is rounded to when the
+    file is loaded, where its own are in groups or factors of the inputs come before them."""
+    onnx = onnx_package()
+    if rows.factors is None and computable(node):
+        found = integers(node)
+        assert found is not None
+        scale = graph.constant(f"{name}.scale", found.scale[:, 0])
+        found = found.widened(max(found.bits, 4))
+        if found.bits == 8:
+            return graph.constant(f"{name}.codes", signed(found.codes).T), scale
+        stored = graph.four_bits(f"{name}.codes", found.codes, signed=True)
+        return graph.add("Transpose", graph.add("Cast", stored, to=onnx.TensorProto.INT8), perm=[1, 0]), scale
+    values = weight(graph, node, name)
+    if rows.factors is not None:
+        values = graph.add("Mul", values, graph.constant(f"{name}.factors", rows.factors))
+    largest = graph.add("ReduceMax", graph.add("Abs", values), graph.constant("rarefy.last", [-1]))
+    step = graph.constant("rarefy.step", np.array(1 / 127, np.float32))
+    least = graph.constant("rarefy.least", np.array(SMALLEST, np.float32))
+    scale = graph.add("Max", graph.add("Mul", largest, step), least)
+    codes = graph.add("Cast", graph.add("Round", graph.add("Div", values, scale)), to=onnx.TensorProto.INT8)
+    return (graph.add("Transpose", codes, perm=[1, 0]),
+            graph.add("Reshape", scale, graph.constant("rarefy.last", [-1])))
 
 
 def _block(found: Integers) -> int | None:
@@ -306,7 +355,7 @@ def _blockwise(graph: Graph, x: str, found: Integers, block: int, name: str) -> 
     found = found.regrouped(block)
     codes = torch.nn.functional.pad(found.codes, (0, blocks * block - columns))
     data = packed(codes, found.bits).reshape(rows, blocks, block * found.bits // 8)
-    inputs = [x, graph.constant(f"{name}.codes", data), graph.constant(f"{name}.scale", found.scale)]
+    inputs = [x, graph.constant(f"{name}.codes", data), _scales(graph, found.scale, f"{name}.scale")]
     if not found.whole:
         inputs.append(graph.constant(f"{name}.zero", found.zero))
     elif not found.symmetric:
@@ -444,7 +493,7 @@ def _integer_rows(graph: Graph, index: str, found: Integers, name: str) -> str:
     else:
         zero = graph.add("Gather", graph.constant(f"{name}.zero", found.zero), flat_index, axis=0)
         values = graph.add("Sub", values, graph.add("Unsqueeze", zero, last))
-    scale = graph.add("Gather", graph.constant(f"{name}.scale", found.scale), flat_index, axis=0)
+    scale = graph.add("Gather", _scales(graph, found.scale, f"{name}.scale"), flat_index, axis=0)
     values = graph.add("Mul", values, graph.add("Unsqueeze", scale, last))
     return graph.add("Reshape", values, shape)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,9 @@ class Timed:
 
 
 def engine_of(path: Path) -> str:
-    """The runtime of a file, by its name."""
+    """The runtime of a file, by its name; a folder is a language model for PyTorch."""
+    if path.is_dir():
+        return "torch"
     if path.suffix not in ENGINES:
         raise TargetError(f"{path}: no runtime is known for {path.suffix or 'it'}; pass a file that ends "
                           f"with one of {', '.join(ENGINES)}{did_you_mean(path.suffix, list(ENGINES))}")
@@ -66,11 +68,16 @@ def probe(inputs: Sequence[Input], batch: int, length: int) -> dict[str, Tensor]
 
 
 def compare(paths: Sequence[Path], *, batches: Sequence[int] = BATCHES, length: int = 64, visits: int = 5,
-            calls: int = 10, threads: int | None = None) -> list[Timed]:
-    """Time files in turns; the first is what the others are compared with. length: tokens of a text."""
+            calls: int = 10, threads: int | None = None, exact: Collection[Path] = (), own: bool = False
+            ) -> list[Timed]:
+    """Time files in turns; the first is what the others are compared with.
+
+    length: tokens of a text. exact: files that shall be computed as exactly as they are stored. own: time of
+    the processor, for a machine that is busy with other things too; pass one thread.
+    """
     with ExitStack() as stack:
-        sessions, loads = _opened(stack, paths, threads)
-        seconds = {batch: _visits(sessions, batch, length, visits, calls) for batch in batches}
+        sessions, loads = _opened(stack, paths, threads, exact)
+        seconds = {batch: _visits(sessions, batch, length, visits, calls, own=own) for batch in batches}
         peaks = [session.memory().peak for session in sessions]
     return [_timed(k, session, loads[k], peaks[k], seconds) for k, session in enumerate(sessions)]
 
@@ -117,13 +124,13 @@ def compare_writers(paths: Sequence[Path], *, prompt: int = 256, count: int = 32
     return rows
 
 
-def _opened(stack: ExitStack, paths: Sequence[Path], threads: int | None
+def _opened(stack: ExitStack, paths: Sequence[Path], threads: int | None, exact: Collection[Path] = ()
             ) -> tuple[list[Session], list[float]]:
     """Every file in its runtime, which rounds as it would by itself, and the seconds that took."""
     sessions, loads = [], []
     for path in paths:
         started = time.perf_counter()
-        session = Session(path, engine_of(path), threads=threads, exact=False)
+        session = Session(path, engine_of(path), threads=threads, exact=path in exact)
         sessions.append(stack.enter_context(session))
         loads.append(time.perf_counter() - started)
     return sessions, loads
@@ -137,8 +144,8 @@ def bytes_of(path: Path) -> int:
     return sum(each.stat().st_size for each in (path, *(each for each in beside if each.exists())))
 
 
-def _visits(sessions: Sequence[Session], batch: int, length: int, visits: int,
-            calls: int) -> list[list[list[float]]]:
+def _visits(sessions: Sequence[Session], batch: int, length: int, visits: int, calls: int, *, own: bool
+            ) -> list[list[list[float]]]:
     """Seconds of each call, by file and visit; the first file has one visit more."""
     inputs = [probe(session.declared, batch, length) for session in sessions]
     for session, given in zip(sessions, inputs, strict=True):
@@ -146,8 +153,8 @@ def _visits(sessions: Sequence[Session], batch: int, length: int, visits: int,
     taken: list[list[list[float]]] = [[] for _ in sessions]
     for _ in range(visits):
         for k, session in enumerate(sessions):
-            taken[k].append(session.latency(inputs[k], calls))
-    taken[0].append(sessions[0].latency(inputs[0], calls))
+            taken[k].append(session.latency(inputs[k], calls, own=own))
+    taken[0].append(sessions[0].latency(inputs[0], calls, own=own))
     return taken
 
 

@@ -77,10 +77,11 @@ def answer(engine: Engine, request: dict[str, Any], payload: bytes) -> tuple[dic
             return {"arrays": told}, raw
         case "latency":
             inputs, seconds = unpacked(request["arrays"], payload), []
+            clock = time.process_time if request["own"] else time.perf_counter
             for _ in range(request["count"]):
-                started = time.perf_counter()
+                started = clock()
                 engine.run(inputs)
-                seconds.append(time.perf_counter() - started)
+                seconds.append(clock() - started)
             return {"seconds": seconds}, b""
         case "read":
             told, raw = packed({"logits": read(cast(Decoder, engine), request, payload)})

@@ -66,7 +66,7 @@ class Written:
 
 
 class Session:
-    """One file in one runtime (``onnxruntime``, ``openvino`` or ``torch``). Use as a context manager.
+    """One file (or folder) in one runtime: ``onnxruntime``, ``openvino`` or ``torch``. A context manager.
 
     exact: compute in the precision of the file, even where the runtime would round further by itself
     (OpenVINO: activations to 8 bits). version: what the runtime calls itself. inputs: names that the file
@@ -117,9 +117,10 @@ class Session:
         """The first of the file's answers."""
         return torch.from_numpy(next(iter(self.run(inputs).values())).copy())
 
-    def latency(self, inputs: Mapping[str, Tensor], count: int = 20) -> list[float]:
-        """Seconds of each of ``count`` calls in a row."""
-        return list(self._ask("latency", inputs, count=count)[0]["seconds"])
+    def latency(self, inputs: Mapping[str, Tensor], count: int = 20, *, own: bool = False) -> list[float]:
+        """Seconds of each of ``count`` calls in a row. own: of the processor, all threads together; with one
+        thread that is the time on a machine that does nothing else."""
+        return list(self._ask("latency", inputs, count=count, own=own)[0]["seconds"])
 
     def read(self, tokens: Tensor, at: Sequence[int], cuts: Sequence[int] = ()) -> Tensor:
         """Logits [at, vocabulary] of a language model at some positions, in order, of one text.

@@ -1,13 +1,19 @@
-"""The child process that holds one exported program (``.pt2``) in PyTorch: what the user has today."""
+"""The child process that holds one network in PyTorch: what the user has today.
+
+An exported program (``.pt2``), or a language model as a folder or file that rarefy opens, in float32.
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from rarefy.runtimes.child import Arrays, Input, serve
+from rarefy.runtimes.child import Arrays, Engine, Input, serve
 
 
 class Torch:
@@ -36,6 +42,42 @@ class Torch:
         return {"output": first.numpy()}
 
 
+class Writer:
+    """A causal language model in float32."""
+
+    def __init__(self, path: str, threads: int, exact: bool) -> None:
+        del exact
+        from rarefy.export.networks import load
+
+        torch.set_num_threads(threads)
+        self.network = load(path).eval().requires_grad_(False)
+        self.version = f"torch {torch.__version__}"
+        self.inputs: tuple[Input, ...] = (Input("input_ids", "int64", (0, 0)),)
+        self.cache: Any = None
+
+    def run(self, inputs: Arrays) -> Arrays:
+        with torch.inference_mode():
+            out = self.network(input_ids=torch.from_numpy(inputs["input_ids"].copy()), use_cache=False)
+        return {"logits": out.logits.numpy()}
+
+    def begin(self) -> None:
+        """An empty cache."""
+        self.cache = None
+
+    def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some tokens after those before."""
+        with torch.inference_mode():
+            out = self.network(input_ids=torch.from_numpy(tokens.copy())[None], past_key_values=self.cache,
+                               use_cache=True)
+        self.cache = out.past_key_values
+        logits: NDArray[np.float32] = out.logits[0].numpy()
+        return logits
+
+
+def _opened(path: str, threads: int, exact: bool) -> Engine:
+    return Torch(path, threads, exact) if Path(path).suffix == ".pt2" else Writer(path, threads, exact)
+
+
 def _loaded(path: str) -> Any:
     """A program that answers with a class of transformers can be read only after that class is known."""
     try:
@@ -47,4 +89,4 @@ def _loaded(path: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(Torch))
+    sys.exit(serve(_opened))
