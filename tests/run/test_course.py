@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rarefy.core.errors import RecipeError
+from rarefy.core.errors import DataError, RecipeError
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
 from rarefy.core.nouns import Recipe, Step
 from rarefy.export.networks import opened, stored_trees
@@ -116,6 +116,20 @@ def test_what_is_judged_is_not_trained_on(tiny_encoder: Path, tmp_path: Path) ->
     judged = result.receipt["measured"]["float"]["samples"]
     distinct = len({line.split("\t")[0] for line in lines[1:]})
     assert judged and training["examples"] + training["held"] <= distinct - judged
+
+
+@pytest.mark.parametrize(("labels", "match"), [
+    ([1] * 20, "all labels are 1; a classifier needs examples of two classes"),
+    ([0, 1, 2, 3] * 5, "label 3 is outside the model's 2 classes"),
+])
+def test_labels_that_teach_nothing_are_refused(labels: list[int], match: str, tiny_encoder: Path,
+                                               tmp_path: Path) -> None:
+    table = tmp_path / "table.tsv"
+    lines = [f"the film number {k} is good\t{label}" for k, label in enumerate(labels)]
+    table.write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    with pytest.raises(DataError, match=match):
+        done(tiny_encoder, tmp_path / "out", Step("tune", training={**FEW, "data": str(table)}))
+    assert not (tmp_path / "out").exists()
 
 
 # ---- orders and words ----------------------------------------------------------------------------------

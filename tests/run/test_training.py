@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,45 @@ def test_a_language_model_with_an_adapter(tiny_llama: Path, tmp_path: Path) -> N
     assert isinstance(open_any(done.out), Model)
 
 
+@pytest.mark.parametrize("text", ["blocks=1", "blocks=1,units=50%", "units=25%"])
+def test_students_of_what_matters_most(text: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    teacher = open_any(tiny_encoder)
+    done = train(Training(str(tiny_encoder), tmp_path / "out", (str(tiny_encoder / "train.tsv"),),
+                          student=text, settings=SETTINGS))
+    student = open_any(done.out)
+    assert student.map.blocks == (1 if "blocks" in text else teacher.map.blocks)
+    share = student.config.intermediate_size / teacher.config.intermediate_size
+    assert share == (0.5 if "50%" in text else 0.25 if "25%" in text else 1.0)
+    assert done.receipt["after"]["accuracy"] > 0.6
+
+
+def test_a_language_models_student(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=2, batch=8, rate=1e-3, precision="float32")
+    done = train(Training(str(tiny_llama), tmp_path / "out", student="blocks=2,units=50%", settings=settings))
+    student = open_any(done.out)
+    assert student.map.blocks == 2 and student.config.intermediate_size == 128
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("blocks=9", "choose a number of blocks from 1 to"), ("units=50", "choose a share of the neurons"),
+    ("block=1", "did you mean 'blocks'")])
+def test_students_that_cannot_be(text: str, match: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=match):
+        train(Training(str(tiny_encoder), tmp_path / "out", (str(tiny_encoder / "train.tsv"),), student=text,
+                       settings=SETTINGS))
+
+
+def other_vocabulary(folder: Path, out: Path) -> Path:
+    """The same network under a tokenizer that has two words the other way round."""
+    shutil.copytree(folder, out)
+    said = json.loads((out / "tokenizer.json").read_text())
+    words: dict[str, int] = said["model"]["vocab"]
+    one, other = sorted(words, key=words.__getitem__)[-2:]
+    words[one], words[other] = words[other], words[one]
+    (out / "tokenizer.json").write_text(json.dumps(said))
+    return out
+
+
 def test_bad_input_is_named(tiny_encoder: Path, tiny_llama: Path, tmp_path: Path) -> None:
     def refused(match: str, kind: type[RarefyError], data: str, **more: object) -> None:
         table = tmp_path / "table.tsv"
@@ -117,6 +157,8 @@ def test_bad_input_is_named(tiny_encoder: Path, tiny_llama: Path, tmp_path: Path
     refused("does not exist; did you mean 'soft_labels'", RecipeError, good, student="half",
             objectives=(Term("soft_label"),))
     refused("different kinds", RecipeError, good, student=str(tiny_llama))
+    refused("different vocabularies; choose a student with the teacher's tokenizer", RecipeError, good,
+            student=str(other_vocabulary(tiny_encoder, tmp_path / "other")))
 
 
 def test_the_recipe_of_distilbert(tmp_path: Path) -> None:

@@ -32,11 +32,15 @@ Patience = Annotated[int, typer.Option(
     "--patience", rich_help_panel=WORK, help="Judgements without a gain after which to stop; 0: never.")]
 Adapter = Annotated[str, typer.Option(
     "--adapter", metavar="KIND", rich_help_panel=WORK,
-    help="none trains everything; lora a correction beside the weights; loftq the same on a 4-bit base.")]
-Rank = Annotated[int, typer.Option("--rank", rich_help_panel=WORK, help="Rank of the adapters.")]
+    help="none trains everything; lora a correction beside the weights; loftq the same on a 4-bit base; "
+         "dora, ia3, prefix, bottleneck and pfeiffer other things beside them.")]
+Rank = Annotated[int, typer.Option(
+    "--rank", rich_help_panel=WORK, help="Rank of the adapters; width of bottlenecks, length of prefixes.")]
 Student = Annotated[str, typer.Option(
     "--student", metavar="STUDENT", rich_help_panel=WORK,
-    help="half (every second block), numbers of blocks (0,2,4), or a smaller model with the same tokenizer.")]
+    help="half (every second block), numbers of blocks (0,2,4), blocks=3,units=50% (what the teacher can "
+         "least do without), bottleneck or bottleneck:64 (an encoder that "
+         "is narrow inside), or a smaller model with the same tokenizer.")]
 Recipe = Annotated[Path | None, typer.Option(
     "--recipe", metavar="FILE", rich_help_panel=WORK, show_default=False,
     help="YAML with student, objectives and training, before the flags (recipes/distilbert.yaml).")]

@@ -30,7 +30,7 @@ from rarefy.models.network import Network
 from rarefy.models.sources import ModuleSource
 from rarefy.run.effort import Effort
 from rarefy.run.language import Language
-from rarefy.run.lessons import Lesson, Term, explained, losses, material
+from rarefy.run.lessons import Lesson, Term, check_labels, explained, losses, material
 from rarefy.run.planning import TUNE, build_trainer
 from rarefy.run.progress import Progress
 from rarefy.run.recipe import Run, runs
@@ -99,6 +99,7 @@ class Course:
         with self.progress.stage("training data"):
             avoid = self.data.evaluation
             found = material(lesson, opened, distils=True, avoid=avoid)
+            check_labels(opened, found)
         teacher = self.original.opened
         examples, held, objective = explained(opened, teacher, losses(lesson, opened, found), found, work,
                                               self.progress)

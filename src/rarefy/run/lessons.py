@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rarefy.calibration.examples import Examples, read_examples
 from rarefy.calibration.samples import SELF, sample_windows
 from rarefy.calibration.text import split_windows, windows
 from rarefy.core.errors import DataError, RecipeError, did_you_mean
+from rarefy.core.nodes import Node
 from rarefy.core.signals import Objective
 from rarefy.models.model import Model
 from rarefy.models.network import Network
@@ -20,7 +22,7 @@ from rarefy.run.planning import objectives
 from rarefy.run.progress import Progress
 from rarefy.training.examples import LABELS, Answered, Rows
 from rarefy.training.loop import Settings
-from rarefy.training.signals import Distillation
+from rarefy.training.signals import Distillation, inputs_of
 from rarefy.training.teacher import answered
 
 LENGTH = 256  # tokens of a window
@@ -117,6 +119,20 @@ def _windows(lesson: Lesson, model: Model, *, distils: bool, avoid: Examples | T
     return Material(parts[0], parts[1])
 
 
+def check_labels(network: Model | Network, found: Material) -> None:
+    """Refuse labels that ``network`` has no class for, and those that are all the same."""
+    if isinstance(network, Model) or LABELS not in found.train.tensors:
+        return
+    labels, classes = found.train.tensors[LABELS].unique(), len(network.form.labels)
+    if len(labels) < 2:
+        raise DataError(f"all labels are {int(labels[0])}; a classifier needs examples of two classes")
+    outside = [int(label) for label in labels if not 0 <= int(label) < classes]
+    if network.form.gives == "classes" and classes and outside:
+        raise DataError(f"label {outside[-1]} is outside the model's {classes} classes "
+                        f"({', '.join(network.form.labels[:8])}); correct the data, or start from an encoder "
+                        "without a head")
+
+
 def losses(lesson: Lesson, student: Model | Network, found: Material) -> Losses:
     """The losses of a lesson; by default what suits the network."""
     known = objectives()
@@ -132,6 +148,20 @@ def losses(lesson: Lesson, student: Model | Network, found: Material) -> Losses:
     if any("labels" in term.needs for _, term in terms) and LABELS not in found.train.tensors:
         raise DataError("this objective needs labels and the data has none; use soft_labels")
     return terms
+
+
+@torch.no_grad()
+def score(network: Model | Network, held: Rows, trees: Mapping[str, Node], params: Mapping[str, Tensor]
+          ) -> dict[str, float]:
+    """Accuracy on what was held out, for classifiers with labels."""
+    if isinstance(network, Model) or LABELS not in held.tensors or network.form.gives != "classes":
+        return {}
+    tensors = network.tensors(trees.get) | dict(params)
+    right = 0
+    for index in torch.arange(len(held)).split(64):
+        batch = held.batch(index)
+        right += int((network.run(inputs_of(batch), tensors).argmax(1) == batch[LABELS]).sum())
+    return {"accuracy": right / len(held)}
 
 
 def _objective(term: Term, known: Mapping[str, type[Any]]) -> Objective:

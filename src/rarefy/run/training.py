@@ -23,29 +23,30 @@ from torch import Tensor
 import rarefy
 from rarefy.calibration.samples import materialize
 from rarefy.core.edit import edit
-from rarefy.core.errors import DataError, RecipeError, did_you_mean
+from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nodes import Dense, Node, Sum
 from rarefy.core.tune import Trainer
-from rarefy.export.native import is_native, open_native, trees_of
+from rarefy.export.networks import opened, stored_trees
 from rarefy.export.peft import adapter_of, export_adapter
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
-from rarefy.models.opening import open_any
+from rarefy.run.adapting import adapt
 from rarefy.run.journal import Journal, written
-from rarefy.run.lessons import Lesson, Material, Term, explained, losses, material
+from rarefy.run.lessons import Lesson, Material, Term, check_labels, explained, losses, material, score
 from rarefy.run.progress import Progress, Silent
+from rarefy.run.students import is_measured, measured
 from rarefy.techniques.adapt.loftq import LoftQ
 from rarefy.techniques.adapt.lora import LoRA
 from rarefy.techniques.distill.hard_labels import HardLabels
-from rarefy.training.examples import LABELS, Rows
+from rarefy.training.adapters import KINDS
+from rarefy.training.architectures import bottleneck
 from rarefy.training.heads import with_head
 from rarefy.training.loop import Settings
-from rarefy.training.signals import inputs_of
 from rarefy.training.students import every_second, shallower
 from rarefy.training.tune import Tuned, Tuning, tune
 
-ADAPTERS = ("none", "lora", "loftq")
+ADAPTERS = ("none", "lora", "loftq", *KINDS)
 OUTSIDE = frozenset({"embed", "positions", "token_types", "head", "pooler"})  # roles that get no adapter
 
 
@@ -55,8 +56,10 @@ class Training:
 
     model: the network that is trained, or the teacher. data: a table with labels, or texts; ``self``: what
     the teacher writes. eval_data: what judges (empty: a tenth of the data). student: half, numbers of blocks
-    (0,2,4), or a model of the user's own; empty: fine-tuning. objectives: losses with their weights.
-    adapter: none trains everything. rank, alpha: of adapters.
+    (0,2,4), how much is to stay of the teacher (blocks=3,units=50%), bottleneck (or bottleneck:64, how wide
+    it is inside), or a model of the user's own; empty: fine-tuning. objectives: losses with their weights.
+    adapter: none trains everything. rank, alpha: of adapters (of bottlenecks the width, of prefixes the
+    length).
     """
 
     model: str
@@ -89,7 +92,7 @@ def train(job: Training, progress: Progress | None = None) -> Trained:
     journal = Journal(job.out, overwrite=job.overwrite)
     with written(job.out):
         with progress.stage("open"):
-            network = _opened(job.model)
+            network = opened(job.model)
         with journal.opened({"training": {**asdict(job), "out": ""}, "rarefy": rarefy.__version__}):
             receipt = _work(job, network, journal, progress)
             (journal.partial / "receipt.json").write_text(json.dumps(_finite(receipt), indent=1))
@@ -104,13 +107,15 @@ def _work(job: Training, network: Model | Network, journal: Journal, progress: P
         data = material(lesson, network, distils=distils)
         if data.labels and isinstance(network, Network) and network.form.gives == "embedding":
             network, fresh = with_head(network, data.labels, job.settings.seed)
-        _check_labels(network, data)
-    student = _student(job, network) if distils else network
+        check_labels(network, data)
+    if job.adapter in KINDS:
+        return adapt(job, network, data, fresh, journal, progress)
+    student = _student(job, network, data) if distils else network
     terms = losses(lesson, student, data) if distils else ((1.0, HardLabels()),)
     tuning, trees = _tuning(job, student, fresh)
     examples, held, objective = explained(student, network if distils else None, terms, data, journal.work,
                                           progress)
-    before = _score(student, data.held, trees, {})
+    before = score(student, data.held, trees, {})
     with progress.stage("train") as stage:
         tuned = tune(student, trees, tuning, objective, examples, job.settings, held=held,
                      folder=journal.work / "training", advance=stage.advance)
@@ -120,7 +125,7 @@ def _work(job: Training, network: Model | Network, journal: Journal, progress: P
             "parameters": student.parameters, "settings": asdict(job.settings), "adapter": job.adapter,
             "objectives": [[weight, repr(term)] for weight, term in terms],
             "examples": len(data.train), "held": len(data.held), "curve": tuned.curve.as_dict(),
-            "before": before, "after": _score(student, data.held, tuned.trees, tuned.params)}
+            "before": before, "after": score(student, data.held, tuned.trees, tuned.params)}
 
 
 def with_recipe(job: Training, path: Path) -> Training:
@@ -160,32 +165,24 @@ class _RecipeFile(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict)
 
 
-def _opened(ref: str) -> Model | Network:
-    return open_native(ref) if is_native(ref) else open_any(ref, dequantize=True)
-
-
-def _check_labels(network: Model | Network, data: Material) -> None:
-    if isinstance(network, Model) or LABELS not in data.train.tensors:
-        return
-    found, classes = data.train.tensors[LABELS].unique(), len(network.form.labels)
-    if len(found) < 2:
-        raise DataError(f"all labels are {int(found[0])}; a classifier needs examples of two classes")
-    if network.form.gives == "classes" and classes and int(found.max()) >= classes:
-        raise DataError(f"label {int(found.max())} is outside the model's {classes} classes "
-                        f"({', '.join(network.form.labels[:8])}); correct the data, or start from an encoder "
-                        "without a head")
-
-
 # ---- what is trained -----------------------------------------------------------------------------------
 
 
-def _student(job: Training, teacher: Model | Network) -> Model | Network:
+def _student(job: Training, teacher: Model | Network, data: Material) -> Model | Network:
     """The smaller network that ``job.student`` names."""
+    if is_measured(job.student):
+        return measured(teacher, job.student, data.train, job.settings.seed)
     if job.student == "half":
         return shallower(teacher, every_second(teacher.map.blocks))
     if all(part.strip().isdigit() for part in job.student.split(",")):
         return shallower(teacher, tuple(int(part) for part in job.student.split(",")))
-    student = _opened(job.student)
+    kind, _, inner = job.student.partition(":")
+    if kind == "bottleneck" and (not inner or inner.isdigit()):
+        if isinstance(teacher, Model):
+            raise RecipeError(f"{teacher.name}: bottleneck students are encoders; use half, or a smaller "
+                              "model")
+        return bottleneck(teacher, inner=int(inner or 128), seed=job.settings.seed)
+    student = opened(job.student)
     if isinstance(student, Model) != isinstance(teacher, Model):
         raise RecipeError(f"{student.name} and {teacher.name} are of different kinds; one must be able to do "
                           "what the other does")
@@ -198,7 +195,8 @@ def _student(job: Training, teacher: Model | Network) -> Model | Network:
 def _tuning(job: Training, student: Model | Network, fresh: tuple[str, ...]
             ) -> tuple[Tuning, dict[str, Node]]:
     """What moves, and the trees that it starts from."""
-    trees = trees_of(student) if isinstance(student, Model) and job.adapter != "none" else {}
+    kept = stored_trees(student) if job.adapter != "none" else {}
+    trees = {path: tree for path, tree in kept.items() if not isinstance(tree, Dense)}
     dropout = not job.student
     if job.adapter == "none":
         return Tuning(dropout=dropout), trees
@@ -222,20 +220,6 @@ def _loftq(student: Model | Network, site: Site, job: Training) -> Node:
 
 
 # ---- what comes out ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _score(network: Model | Network, held: Rows, trees: Mapping[str, Node], params: Mapping[str, Tensor]
-           ) -> dict[str, float]:
-    """Accuracy on what was held out, for classifiers with labels."""
-    if isinstance(network, Model) or LABELS not in held.tensors or network.form.gives != "classes":
-        return {}
-    tensors = network.tensors(trees.get) | dict(params)
-    right = 0
-    for index in torch.arange(len(held)).split(64):
-        batch = held.batch(index)
-        right += int((network.run(inputs_of(batch), tensors).argmax(1) == batch[LABELS]).sum())
-    return {"accuracy": right / len(held)}
 
 
 def _write(job: Training, student: Model | Network, tuned: Tuned, start: Mapping[str, Node],
