@@ -215,6 +215,14 @@ def test_order_is_whole_and_groups_lengths() -> None:
     assert data.batch(numbers[0])["input_ids"].shape[1] == int(lengths[0].max())
 
 
+def test_parameters_in_pieces_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator, DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(RecipeError, match=r"FSDP: shards parameters.*launch with torchrun alone"):
+        trained(SETTINGS)
+
+
 TWO = """
 import sys, torch
 from pathlib import Path

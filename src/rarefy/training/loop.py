@@ -43,6 +43,7 @@ Gate = Callable[[], float]
 Advance = Callable[[int, int], None]
 FILE = "training.pt"
 POOL = 50  # batches whose examples are sorted by length together
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 GATES = 10  # judgements in a run that does not say how many
 
 
@@ -385,11 +386,18 @@ def arithmetic(settings: Settings, device: torch.device) -> torch.autocast:
 
 
 def _accelerator() -> Any:
+    """Devices and processes. RecipeError where parameters would be cut in pieces: weights are computed from
+    trees, by name, and every process needs all of a tree."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    return Accelerator(cpu=not torch.accelerator.is_available(),
-                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    found = Accelerator(cpu=not torch.accelerator.is_available(),
+                        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    how = str(found.distributed_type.value)
+    if how in SHARDED:
+        raise RecipeError(f"{how}: shards parameters, which training on trees does not support; launch with "
+                          "torchrun alone (data parallel), and save memory by micro and checkpointing")
+    return found
 
 
 @contextmanager
