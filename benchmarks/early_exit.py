@@ -13,6 +13,8 @@ process.
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="a classifier of SST-2 (made if not given)")
     parser.add_argument("--samples", type=int, default=16_000, help="training sentences to learn from")
+    parser.add_argument("--only", choices=list(KINDS), help="one of the two, without the page")
     arguments = parser.parse_args()
     ledger, found = Ledger(arguments.work / "early_exit.json"), {}
     for kind, together in KINDS.items():
+        if arguments.only not in (None, kind):
+            continue
         key = fingerprint(kind, arguments.samples, str(AFTER), source_sha256(*FLOORS))
         if ledger.get(key) is None:
             ledger.put(key, measure(arguments, together))
         found[kind] = ledger.get(key)
         print(table(HEADS, rows(found, "test")), flush=True)
+    if arguments.only:
+        return
     write_page(PAGE, "Early exit", "python benchmarks/early_exit.py --data DATA --work WORK",
                page(found, arguments.samples))
 
@@ -69,13 +76,17 @@ def measure(arguments: argparse.Namespace, together: bool) -> dict[str, Any]:
     dev, test = (read_examples(network, table) for table in (tables.dev, tables.test))
     order = torch.randperm(len(dev), generator=torch.Generator().manual_seed(0))
     calibration, rest = dev.select(order[::2]), dev.select(order[1::2])
+    answers = [exits.answers(each) for each in (calibration, rest, test)]
     results = []
     for rule in RULES:
         for bound in BOUNDS:
-            done = exits.calibrated(EarlyExit(rule, max_loss=bound), calibration)
+            technique = EarlyExit(rule, max_loss=bound)
+            done = replace(exits, technique=technique, rule=technique.calibrated(answers[0]))
             results.append({"rule": rule, "bound": bound, "threshold": done.rule.threshold,
-                            "dev": measured(done, rest, ()), "test": measured(done, test, BATCHES)})
+                            "dev": measured(done, rest, (), answers=answers[1]),
+                            "test": measured(done, test, BATCHES, answers=answers[2])})
     return {"results": results, "original": accuracy(network, labelled(network, tables.test)),
+            "steps": len(json.loads((model / "receipt.json").read_text())["curve"]["points"]),
             "calibration": len(calibration), "dev": len(rest), "test": len(test),
             "blocks": network.map.blocks}
 
@@ -103,11 +114,12 @@ def page(found: dict[str, Any], samples: int) -> list[str]:
     wholes = ", ".join(f"{kind} {each['results'][0]['test']['whole']['accuracy']:.1%}"
                        for kind, each in found.items())
     return [
-        f"MiniLM-L6 ({one['blocks']} blocks) fine-tuned on SST-2: {one['original']:.1%} of {one['test']} "
-        f"test sentences. Exits behind blocks {', '.join(str(k + 1) for k in AFTER)} learnt from its "
-        f"answers to {samples:,} training sentences; to the end, those networks get: {wholes}. "
-        f"{one['calibration']:,} development sentences chose every threshold: with 95% confidence at most "
-        "the share *may lose* gets another answer than to the end, of sentences like these. "
+        f"MiniLM-L6 ({one['blocks']} blocks) fine-tuned on SST-2 for {one['steps']} steps: "
+        f"{one['original']:.1%} of {one['test']} test sentences. Exits behind blocks "
+        f"{', '.join(str(k + 1) for k in AFTER)} learnt from its answers to {samples:,} training sentences; "
+        f"to the end, those networks get: {wholes}. {one['calibration']:,} development sentences chose "
+        "every threshold: with 95% confidence at most the share *may lose* gets another answer than to the "
+        "end, of sentences like these. "
         + verdict(found),
         "## Test sentences\n\nWhole sentences, where development and training have parts of sentences, too: "
         "the guarantee does not speak of them. Speed is wall clock, one thread, beside the whole network in "

@@ -1,7 +1,7 @@
 """Attention over runs of neighbouring positions: what is not looked at is not computed.
 
-Queries are cut into runs of as many positions as the window is wide, and each run gets the keys that any of
-its queries can see, so the work is (2 or 3) x window x length instead of length squared.
+Queries are cut into runs, and each run gets the keys that any of its queries can see, so the work is
+(window + run) x length, or in encoders (2 window + run) x length, instead of length squared.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Runs:
 
 
 def runs(query: Float[Tensor, "batch heads queries width"], key: Float[Tensor, "batch groups keys width"],
-         value: Float[Tensor, "batch groups keys width"], window: int, *, offset: int, causal: bool,
-         real: Bool[Tensor, "batch keys"] | None) -> Runs:
+         value: Float[Tensor, "batch groups keys width"], window: int, run: int, *, offset: int,
+         causal: bool, real: Bool[Tensor, "batch keys"] | None) -> Runs:
     """Every query sees keys less than ``window`` positions away, later ones only where not ``causal``.
 
-    offset: the position of the first query among the keys.
+    run: queries that are computed together. offset: the position of the first query among the keys.
     """
-    run = min(window, query.shape[2])
+    run = min(run, query.shape[2])
     count, start = -(-query.shape[2] // run), offset - window
     size = window + run + (0 if causal else window)
     first = torch.arange(count)[:, None] * run
@@ -77,7 +77,11 @@ def softmax_attention(query: Float[Tensor, "batch heads queries width"],
     batch, heads, queries, width = query.shape
     groups = key.shape[1]
     blind = ~seen.any(-1, keepdim=True)
-    mask = (seen | blind).expand(-1, 1, queries, -1).repeat(1, 1, heads // groups, 1)
-    packed = query.reshape(batch, groups, heads // groups * queries, width)
-    out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
+    mask = (seen | blind).expand(batch, -1, queries, -1)
+    if groups < heads:  # each set of keys is its own batch, seen by all of its heads
+        query = query.reshape(batch * groups, heads // groups, queries, width)
+        key, value = (each.flatten(0, 1)[:, None].expand(-1, heads // groups, -1, -1)
+                      for each in (key, value))
+        mask = mask.repeat_interleave(groups, 0)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out.view(batch, heads, queries, width).masked_fill(blind, 0.0)

@@ -124,16 +124,14 @@ def separable(network: Network, *, multiplier: int = 1, where: tuple[str, ...] =
         raise RecipeError(f"pattern {missing!r} matches no convolution that mixes channels over several "
                           f"pixels{did_you_mean(missing, names)}")
     for name in chosen:
-        conv = module.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        module.set_submodule(name, in_two(conv, multiplier))
+        module.set_submodule(name, in_two(module.get_submodule(name), multiplier))
     module = module.eval().requires_grad_(False)
     return Network(f"{network.name}-separable", module, ModuleSource(module), network.form,
                    files=network.files)
 
 
 @torch.no_grad()
-def in_two(conv: nn.Conv2d, multiplier: int) -> nn.Sequential:
+def in_two(conv: Any, multiplier: int) -> nn.Sequential:
     """A filter for each channel, then a mixture; as near to ``conv`` as ``multiplier`` filters can be."""
     rank = min(multiplier, conv.out_channels, conv.kernel_size[0] * conv.kernel_size[1])
     matrices = conv.weight.flatten(2).transpose(0, 1).float()  # [in, out, k * k]

@@ -56,7 +56,8 @@ class Strided:
             return self._few(call)
         shared = call.query.shape[1] // call.key.shape[1]
         key, value = (each.repeat_interleave(shared, 1) for each in (call.key, call.value))
-        near = runs(call.query, key, value, self.stride, offset=0, causal=call.causal, real=call.real)
+        near = runs(call.query, key, value, self.stride, self.stride, offset=0, causal=call.causal,
+                    real=call.real)
         count, stride = near.query.shape[1], self.stride
         alike = [each.permute(0, 2, 3, 1, 4) for each in (  # [batch, heads, stride, count, width]
             near.query, *(bands(part, 0, count, stride, stride) for part in (key, value)))]

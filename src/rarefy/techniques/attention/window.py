@@ -6,8 +6,8 @@ A query at position i sees the keys j with
 
 later ones only in encoders. Stacked blocks still hand on what is further away, window by window. The first
 tokens of a text take a large share of every softmax, whatever they say; ``sinks`` of them stay visible, or a
-model that was trained without a window falls apart. Runs of queries meet the keys of their own run and of the
-one before (and behind); nothing else is computed.
+model that was trained without a window falls apart. Runs of queries meet the keys that one of them
+can see; nothing else is computed.
 
 Paper: Beltagy et al. 2020, "Longformer", section 3.1; Xiao et al. 2024, "Efficient Streaming Language Models
 with Attention Sinks", section 3.2.
@@ -26,6 +26,8 @@ from torch import Tensor
 from rarefy.core.attention import Attention
 from rarefy.core.errors import RecipeError
 from rarefy.numerics.attention import joined, runs, softmax_attention
+
+LEAST = 64  # queries that are worth being computed together
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Window:
         return {}
 
     def attend(self, call: Attention, learned: Mapping[str, Tensor]) -> Float[Tensor, "batch heads n width"]:
-        near = runs(call.query, call.key, call.value, self.window, offset=call.offset, causal=call.causal,
-                    real=call.real)
+        near = runs(call.query, call.key, call.value, self.window, max(LEAST, self.window // 4),
+                    offset=call.offset, causal=call.causal, real=call.real)
         key, value, seen = near.key, near.value, near.seen
         if self.sinks:
             first, count = min(self.sinks, call.key.shape[2]), key.shape[1]
