@@ -115,9 +115,11 @@ def _activation(node: Node) -> int:
     return 1 if "addmm" in str(node.target) else 0
 
 
-def trace(module: nn.Module, inputs: Values, dynamic: tuple[int, ...] = (0,)) -> Program:
+def trace(module: nn.Module, inputs: Values, dynamic: tuple[int, ...] = (0,), *, fused: bool = False
+          ) -> Program:
     """The program of a network in eval mode. inputs: an example, by name, or one that is passed by position
-    (named ``"0"``). dynamic: their axes that may have any length."""
+    (named ``"0"``). dynamic: their axes that may have any length. fused: transformers' attention is one
+    operator, not its products: for ``runtimes.integer``."""
     example = {name: _two(values) for name, values in inputs.items()}
     shapes = {name: {axis: torch.export.Dim.DYNAMIC for axis in dynamic if axis < values.ndim}
               for name, values in example.items()}
@@ -125,7 +127,7 @@ def trace(module: nn.Module, inputs: Values, dynamic: tuple[int, ...] = (0,)) ->
     named = {name: values for name, values in example.items() if name != TENSOR}
     with _quiet(), torch.no_grad():
         key = _key(call(module, example, {}))
-    with _written_out(module):
+    with _attention(module, "sdpa" if fused else "eager"):
         made = traced(module, args, named, tuple(shapes.values()) if args else shapes)
     found, _ = map_network(module)
     proto = made.model_proto
@@ -152,14 +154,14 @@ def traced(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], s
 
 
 @contextlib.contextmanager
-def _written_out(module: nn.Module) -> Iterator[None]:
-    """transformers' attention as plain products: its fused one guards every row of scores against NaN,
-    which takes a runtime more time than the softmax."""
+def _attention(module: nn.Module, how: str) -> Iterator[None]:
+    """transformers' attention as plain products (``eager``) or as one operator. The exporter guards every row
+    of the latter's scores against NaN, which takes a runtime more time than the softmax."""
     if not isinstance(module, PreTrainedModel):
         yield
         return
     before = module.config._attn_implementation
-    module.set_attn_implementation("eager")
+    module.set_attn_implementation(how)
     try:
         yield
     finally:
