@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="a classifier of SST-2 (made if not given)")
     parser.add_argument("--samples", type=int, default=16_000, help="training sentences to learn from")
+    parser.add_argument("--epochs", type=float, default=1.0, help="of the classifier, where it is made here")
     parser.add_argument("--only", choices=list(KINDS), help="one of the two, without the page")
     arguments = parser.parse_args()
     ledger, found = Ledger(arguments.work / "early_exit.json"), {}
@@ -64,7 +65,7 @@ def measure(arguments: argparse.Namespace, together: bool) -> dict[str, Any]:
     from sst2 import Tables, accuracy, teacher
     from sst2 import rows as labelled
 
-    tables = Tables(arguments.data, arguments.work)
+    tables = Tables(arguments.data, arguments.work, arguments.epochs)
     model = arguments.model or teacher(tables)
     out = arguments.work / f"exits-{'together' if together else 'alone'}-{arguments.samples}"
     if not out.exists():

@@ -13,7 +13,9 @@ from torch import Tensor
 import rarefy
 from rarefy.calibration.examples import Examples
 from rarefy.core.attention import Attending
-from rarefy.core.errors import ModelError
+from rarefy.core.errors import ModelError, TargetError
+from rarefy.export.compressed_tensors import export_transformers
+from rarefy.export.metadata import architecture_metadata
 from rarefy.export.native import export_native, network_of, open_native
 from rarefy.export.networks import export_network, opened
 from rarefy.models.attending import KEY, attending, said
@@ -195,3 +197,12 @@ def test_a_damaged_configuration_is_refused(tiny_llama: Path) -> None:
 def test_capped_scores_are_refused(tiny_random: Callable[[str], Path]) -> None:
     with pytest.raises(ModelError, match="caps its attention scores"):
         attending(open_model(tiny_random("gemma2")), "window", Window())
+
+
+def test_no_other_format_takes_it(tiny_llama: Path, tmp_path: Path) -> None:
+    """A file that looked ordinary would be another function."""
+    converted = attending(open_model(tiny_llama), "window", Window(8))
+    with pytest.raises(TargetError, match="computes ordinary attention"):
+        architecture_metadata(converted.map.family, converted.config, 512)
+    with pytest.raises(TargetError, match="choose the native format"):
+        export_transformers(network_of(converted), {}, tmp_path / "out")

@@ -28,6 +28,7 @@ from rarefy.core.nouns import Target
 from rarefy.export.onnx import GRIDS
 from rarefy.formats.compressed import Scheme, scheme_of, stored
 from rarefy.formats.integers import integers
+from rarefy.models.attending import said
 from rarefy.models.map import Site
 from rarefy.models.network import map_network
 
@@ -72,6 +73,9 @@ def export_transformers(network: Any, trees: Mapping[str, Node], folder: Path | 
     if not hasattr(network, "config") or not hasattr(network.config, "to_dict"):
         raise TargetError(f"{type(network).__name__}: not a transformers network (it has no config); export "
                           "it for onnxruntime or openvino")
+    if said(network.config):
+        raise TargetError(f"{type(network).__name__}: has {said(network.config)} attention, and transformers "
+                          "alone would compute another; choose the native format")
     found, _ = map_network(network)
     for key in trees:
         if key not in found.by_path:

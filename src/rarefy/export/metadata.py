@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rarefy.core.errors import TargetError
 from rarefy.formats.gguf import Entry, ValueType
+from rarefy.models.attending import said
 from rarefy.models.families import Family, block_widths, head_width
 
 SWIGLU = frozenset({"silu", "swish"})
@@ -69,6 +70,8 @@ def extra_tensors(family: Family, config: Any) -> dict[str, Tensor]:
 
 def _check_graph(family: Family, config: Any) -> None:
     """What llama.cpp's graph of this architecture takes for granted."""
+    if said(config):
+        raise _refusal(family, f"{said(config)} attention", "llama.cpp computes ordinary attention")
     used = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) \
         or getattr(config, "activation_function", None)
     known = ACTIVATIONS.get(family.gguf, SWIGLU)
