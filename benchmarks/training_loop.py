@@ -2,10 +2,10 @@
 
     python benchmarks/training_loop.py --data DATA [--rounds 5] [--steps 12]
 
-DATA holds ``sst2/train.tsv``. MiniLM-L6 under a new head learns from the same batches of 32 sentences in both:
-forward, cross-entropy, backward, clipping, AdamW with all parameters. The bare loop is what everybody writes;
-ours computes every weight from its tree, seeds noise, checks for numbers and writes the curve. They take
-turns, in the processor's time, which other work on the machine disturbs least.
+DATA holds ``sst2/train.tsv``. MiniLM-L6 under a new head learns from the same batches of 32 sentences in
+both: forward, cross-entropy, backward, clipping, AdamW with all parameters. The bare loop is what everybody
+writes; ours computes every weight from its tree, seeds noise, checks for numbers and writes the curve. They
+take turns, in the processor's time, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import copy
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def ours(network: Network, rows: Rows, steps: int, seed: int) -> list[float]:
     task = Learning(student, Distillation(network, None, ((1.0, HardLabels()),)))
     stamps: list[float] = []
     fit(task, rows, settings, advance=lambda done, total: stamps.append(time.process_time()))
-    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    return [after - before for before, after in pairwise(stamps)]
 
 
 def said(times: dict[str, list[float]]) -> list[str]:
