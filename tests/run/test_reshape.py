@@ -188,6 +188,8 @@ def test_influence_ranks_blocks() -> None:
     assert Drop(count=2, keep_last=0).drop(passages, lambda dropped: 0.0) == (2, 4)
     with pytest.raises(EditError, match="of 5 blocks only 3 may go"):
         Drop(count=4).drop(passages, lambda dropped: 0.0)
+    with pytest.raises(EditError, match="of 1 blocks only 0 may go"):
+        Drop().drop(passages[:1], lambda dropped: 0.0)
 
 
 def test_searches_look_further_than_single_blocks() -> None:

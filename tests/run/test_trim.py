@@ -16,6 +16,8 @@ from rarefy.models.model import Model, open_model
 from rarefy.models.narrowed import token_table
 from rarefy.models.network import Network
 from rarefy.models.opening import open_network
+from rarefy.run.job import Job, compress, evaluate
+from rarefy.run.progress import Silent
 from rarefy.run.trim import trimmed
 from rarefy.techniques.prune.vocabulary import Vocabulary
 
@@ -41,7 +43,7 @@ def test_the_tokens_of_a_text_stay(tiny_llama: Path, text: str, tmp_path: Path) 
     for line in TEXT.splitlines():
         assert fewer.tokenizer.tokenize(line) == model.tokenizer.tokenize(line)
     assert receipt.bits_before - receipt.bits_after == 16 * (model.parameters - fewer.parameters)
-    assert "100.00% of the text's tokens stay" in receipt.note
+    assert "100.00% of the text's stay" in receipt.note
     export_native(fewer, {}, tmp_path / "native")
     again = open_native(tmp_path / "native")
     assert again.tokenizer(TEXT)["input_ids"] == fewer.tokenizer(TEXT)["input_ids"]
@@ -79,3 +81,24 @@ def test_what_cannot_be_done(tiny_llama: Path, tiny_cnn: object, text: str) -> N
         trimmed(model, (Step("drop"), step(text=[text])), ())
     with pytest.raises(EditError, match="the text uses all"):
         trimmed(model, (step(text=["python-docs"]),), ())
+
+
+@pytest.mark.filterwarnings("ignore:.*already quantized")
+def test_a_job_keeps_the_vocabulary_of_a_text(tiny_llama: Path, tmp_path: Path) -> None:
+    """The budget is a share of the whole original; the file is judged by the tokens it has."""
+    from pydoc_data.topics import topics
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(topics[key] for key in sorted(topics)[:30]).translate(
+        {ord(letter): "" for letter in "jqxzJQXZ"}))
+    result = compress(Job(str(tiny_llama), tmp_path / "out", to="30%", effort="quick", data=(str(text),),
+                          keep_vocabulary=(str(text),)), Silent())
+    receipt, model = result.receipt, open_model(result.exported, dequantize=True)
+    assert model.config.vocab_size < 512
+    assert receipt["model"]["parameters"] == open_model(tiny_llama).parameters > model.parameters
+    assert receipt["bytes"] <= receipt["budget"]["limit_bytes"] < 0.31 * receipt["model"]["original_bytes"]
+    assert "tokens left out" in receipt["axes"][0]["note"]
+    assert "technique: vocabulary" in (result.out / "recipe.yaml").read_text()
+    assert receipt["measured"]["float"]["kl_mean"] < 0.5
+    found = evaluate(result.out, str(tiny_llama), Silent(), eval_data=(str(text),), effort="quick")
+    assert found["measured"]["float"]["kl_mean"] < 0.5

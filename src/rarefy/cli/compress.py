@@ -15,6 +15,7 @@ from rarefy.cli.options import (
     Efforts,
     EvalData,
     Json,
+    KeepVocabulary,
     MaxKl,
     Model,
     Out,
@@ -37,7 +38,8 @@ R = TypeVar("R")
 def compress(
     model: Model, *, to: To = None, max_kl: MaxKl = None, target: Target = "auto",
     effort: Effort = Efforts.balanced, data: Data = None, eval_data: EvalData = None, seed: Seed = 0,
-    dequantize: Dequantize = False, out: Out, overwrite: Overwrite = False, as_json: Json = False,
+    dequantize: Dequantize = False, keep_vocabulary: KeepVocabulary = None, out: Out,
+    overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
     """Compress a model under a budget, measure what came out, and write file, report and receipt to DIR.
 
@@ -48,7 +50,7 @@ def compress(
 
     job = Job(model, out=out, to=to, max_kl=max_kl, target=target, effort=effort.value,
               data=tuple(data or ()), eval_data=tuple(eval_data or ()), seed=seed, overwrite=overwrite,
-              dequantize=dequantize, command=typed())
+              dequantize=dequantize, keep_vocabulary=tuple(keep_vocabulary or ()), command=typed())
     finished(resumable(lambda: work(job, progress()), out), as_json=as_json)
 
 

@@ -46,6 +46,10 @@ Seed = Annotated[int, typer.Option("--seed", min=0, rich_help_panel=WORK, help="
 Dequantize = Annotated[bool, typer.Option(
     "--dequantize", rich_help_panel=WORK,
     help="Accept a model that is already quantized, and start from that.")]
+KeepVocabulary = Annotated[list[str] | None, typer.Option(
+    "--keep-vocabulary", metavar="TEXT", rich_help_panel=WORK, show_default=False,
+    help="Keep only the tokens that this text uses: a file, a folder (language models) or python-docs. Other "
+         "text is cut into smaller tokens. Repeat for several.")]
 Out = Annotated[Path, typer.Option(
     "--out", "-o", metavar="DIR", rich_help_panel=SHOWN, show_default=False, help="Folder to create.")]
 Overwrite = Annotated[bool, typer.Option(

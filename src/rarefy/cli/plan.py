@@ -14,6 +14,7 @@ from rarefy.cli.options import (
     Efforts,
     EvalData,
     Json,
+    KeepVocabulary,
     MaxKl,
     Model,
     Seed,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def plan(
     model: Model, to: To = None, max_kl: MaxKl = None, target: Target = "auto",
     effort: Effort = Efforts.balanced, data: Data = None, eval_data: EvalData = None, seed: Seed = 0,
-    dequantize: Dequantize = False,
+    dequantize: Dequantize = False, keep_vocabulary: KeepVocabulary = None,
     tensors: Annotated[bool, typer.Option("--tensors", rich_help_panel=SHOWN,
                                           help="List every tensor, not only every role.")] = False,
     as_json: Json = False,
@@ -44,7 +45,8 @@ def plan(
     from rarefy.run.job import plan as make
 
     job = Job(model, to=to, max_kl=max_kl, target=target, effort=effort.value, data=tuple(data or ()),
-              eval_data=tuple(eval_data or ()), seed=seed, dequantize=dequantize)
+              eval_data=tuple(eval_data or ()), seed=seed, dequantize=dequantize,
+              keep_vocabulary=tuple(keep_vocabulary or ()))
     planned = make(job, progress())
     if as_json:
         dump(finite(facts(planned)))

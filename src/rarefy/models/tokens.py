@@ -127,9 +127,8 @@ def _renumber(processor: dict[str, Any] | None, place: Mapping[int, int]) -> Non
         case {"type": "TemplateProcessing", "special_tokens": named}:
             for each in named.values():
                 each["ids"] = [place[index] for index in each["ids"]]
-        case {"type": "BertProcessing" | "RobertaProcessing"}:
-            for role in ("sep", "cls"):
-                processor[role][1] = place[processor[role][1]]
+        case {"type": "BertProcessing" | "RobertaProcessing", "sep": end, "cls": start}:
+            start[1], end[1] = place[start[1]], place[end[1]]
         case _:
             pass  # it adds no tokens
 

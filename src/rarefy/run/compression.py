@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import rarefy
 from rarefy.core.errors import BudgetError
 from rarefy.core.nodes import Node
-from rarefy.core.nouns import Budget, Recipe, Step
+from rarefy.core.nouns import Budget, Receipt, Recipe, Step
 from rarefy.measure.resources import Clock, bytes_on_disk, fingerprint, fingerprints, peak_rss
 from rarefy.models.network import Network
 from rarefy.planner.allocate import Plan, asked
@@ -30,6 +30,7 @@ from rarefy.run.recipe import Run, parts, plan_of, recipe_of
 from rarefy.run.subject import Subject
 from rarefy.run.survey import Survey, take_survey
 from rarefy.run.target import Beside, Destination, Opened
+from rarefy.run.trim import vocabulary_steps
 
 if TYPE_CHECKING:
     from rarefy.run.job import Job
@@ -41,11 +42,13 @@ class Compression:
     """One job under way; its methods are the stages."""
 
     def __init__(self, job: Job, subject: Subject, destination: Destination, effort: Effort,
-                 journal: Journal, progress: Progress, clock: Clock) -> None:
+                 journal: Journal, progress: Progress, clock: Clock, whole: Subject,
+                 cuts: tuple[Receipt, ...]) -> None:
         self.job, self.subject, self.destination, self.effort = job, subject, destination, effort
+        self.whole = whole  # what the user named; of its tokens ``subject`` may lack some
         self.journal, self.progress, self.clock = journal, progress, clock
         self.exported = destination.place(journal.partial)
-        self.state = State(subject)  # what a recipe has made of it before its last run of leaves
+        self.state = State(subject, receipts=cuts)  # what a recipe made of it before its last run of leaves
         self.done = self.state  # and behind it
         self.last: tuple[Step, ...] = ()
         self.behind: tuple[Run, ...] = ()  # trainings after these leaves
@@ -100,7 +103,7 @@ class Compression:
     def _search(self, data: Any, found: Survey) -> tuple[Sites, dict[str, Any]]:
         """Plan, compress and measure; again, with what the measurement taught, when a bound is missed."""
         job, opened = self.job, self.state.view.opened
-        limit, bound = limit_of(self.destination, opened, job), job.max_kl
+        limit, bound = limit_of(self.destination, self.whole.opened, job), job.max_kl
         reserved = self.destination.fixed_bytes(opened)
         options = found.calibrated(opened.map.sites)
         for attempt in range(TRIES):
@@ -158,7 +161,7 @@ class Compression:
         job, opened = self.job, self.subject.opened
         size, kl = bytes_on_disk(self.exported), distance(measured["float"])
         view, trees = self.done.view.opened, self.done.trees
-        limit = limit_of(self.destination, view, job)
+        limit = limit_of(self.destination, self.whole.opened, job)
         shown = {path: self.destination.shown(option, trees.get(path))
                  for path, option in self.chosen.items()}
         resident = (beside.speed.get("memory_compressed") or {}).get("resident")
@@ -167,7 +170,7 @@ class Compression:
             "versions": versions(), "seed": job.seed,
             "inputs": [fingerprint(path).as_dict() | {"path": path.name} for path in opened.source.files()],
             "outputs": [each.as_dict() for each in outputs(self.exported, self.journal.partial)],
-            "model": about(self.subject, self.destination),
+            "model": about(self.whole, self.destination),
             "budget": {"to": job.to, "max_kl": job.max_kl, "limit_bytes": limit},
             "target": self.destination.target.name, "effort": job.effort, "data": data.sources,
             "plan": plan_rows(view, shown),
@@ -190,9 +193,10 @@ class Compression:
         name = str(job.model) if isinstance(job.model, str) else self.subject.opened.name
         texts = tuple(ref for ref in job.data if isinstance(ref, str))
         judged = tuple(ref for ref in job.eval_data if isinstance(ref, str))
-        return job.recipe or recipe_of(self.chosen, name, target=self.destination.target.name,
-                                       effort=job.effort, data=texts, eval_data=judged, seed=job.seed,
-                                       dequantize=job.dequantize)
+        found = job.recipe or recipe_of(self.chosen, name, target=self.destination.target.name,
+                                        effort=job.effort, data=texts, eval_data=judged, seed=job.seed,
+                                        dequantize=job.dequantize)
+        return replace(found, steps=(*vocabulary_steps(None, job.keep_vocabulary), *found.steps))
 
     def _missed(self, size: int, limit: int | None, kl: float, found: Survey) -> str:
         """What bound of the user was missed, with the nearest budget that would do; empty: none."""
@@ -238,9 +242,12 @@ def limit_of(destination: Destination, opened: Opened, job: Job) -> int | None:
     return Budget(job.to).limit(original=destination.original_bytes(opened), weights=opened.parameters)
 
 
-def possible(destination: Destination, opened: Opened, job: Job) -> None:
-    """Refuse a budget that not even the smallest formats meet, before anything is computed."""
-    limit = limit_of(destination, opened, job)
+def possible(destination: Destination, opened: Opened, job: Job, whole: Opened) -> None:
+    """Refuse a budget that not even the smallest formats meet, before anything is computed.
+
+    whole: what the budget is a share of; ``opened`` may know fewer tokens.
+    """
+    limit = limit_of(destination, whole, job)
     if limit is None:
         return
     smallest = destination.fixed_bytes(opened) + sum(destination.least_bytes(opened, site)

@@ -24,7 +24,7 @@ import torch
 
 import rarefy
 from rarefy.core.errors import BudgetError
-from rarefy.core.nouns import Budget, Recipe
+from rarefy.core.nouns import Budget, Receipt, Recipe
 from rarefy.measure.resources import Clock, fingerprint, peak_rss
 from rarefy.models.model import Model
 from rarefy.models.network import Network
@@ -49,17 +49,19 @@ from rarefy.run.journal import Journal, written
 from rarefy.run.planning import allocate
 from rarefy.run.progress import Progress, Silent
 from rarefy.run.recipe import read_recipe, write_recipe
-from rarefy.run.resolve import AUTO, destination_for, exported, named, subject_of
+from rarefy.run.resolve import AUTO, destination_for, exported, named, subject_of, suited
 from rarefy.run.samples import identity
 from rarefy.run.subject import Subject
 from rarefy.run.survey import Survey, take_survey
+from rarefy.run.trim import matched, trimmed, vocabulary_steps
 
 
 @dataclass(frozen=True)
 class Job:
     """What to compress, how small, for whom, and how hard to try.
 
-    data, eval_data: names of files; in Python also tensors, for networks that take such.
+    data, eval_data: names of files; in Python also tensors, for networks that take such. keep_vocabulary:
+    text whose tokens stay, others are left out.
     """
 
     model: str | Model | Network
@@ -75,6 +77,7 @@ class Job:
     dequantize: bool = False
     command: str = ""
     recipe: Recipe | None = None
+    keep_vocabulary: tuple[str, ...] = ()
 
     def budget(self) -> Budget | None:
         """The budget; None when a recipe says what to do instead."""
@@ -120,16 +123,17 @@ def plan(job: Job, progress: Progress | None = None) -> Planned:
     check(job)
     with _heard() as heard, tempfile.TemporaryDirectory() as folder:
         with progress.stage("open"):
-            subject = subject_of(job.model, dequantize=job.dequantize)
+            whole = subject_of(job.model, dequantize=job.dequantize)
+            subject, _ = _fewer_tokens(whole, job)
         destination, model = destination_for(job.target, subject), subject.opened
-        possible(destination, model, job)
+        possible(destination, model, job, whole.opened)
         data = subject.gather(job.data, job.eval_data, effort, job.seed, progress)
         destination = destination.given(subject, data)
         found = take_survey(subject, destination, data, effort, job.seed, Path(folder), progress)
-        chosen = allocate(found.calibrated(model.map.sites), limit_of(destination, model, job),
+        chosen = allocate(found.calibrated(model.map.sites), limit_of(destination, whole.opened, job),
                           destination.fixed_bytes(model), job.max_kl)
     return Planned(model, chosen, found, predicted_bytes(destination, model, chosen), damage(chosen),
-                   destination.original_bytes(model), plan_rows(model, chosen), list(heard),
+                   destination.original_bytes(whole.opened), plan_rows(model, chosen), list(heard),
                    subject.about()["answers"])
 
 
@@ -140,16 +144,17 @@ def compress(job: Job, progress: Progress | None = None) -> Result:
     journal = Journal(job.out, overwrite=job.overwrite)
     with _heard() as heard, written(job.out):
         with progress.stage("open"), clock.stage("open"):
-            subject = subject_of(job.model, dequantize=job.dequantize)
-            destination = destination_for(job.target, subject)
-            subject.opened.verify()
+            whole = subject_of(job.model, dequantize=job.dequantize)
+            destination = destination_for(job.target, whole)
+            whole.opened.verify()
+            subject, cuts = _fewer_tokens(whole, job)
         if job.recipe is not None:
             check_attention(job.recipe, destination.target.name)
         if job.recipe is not None and job.recipe.exits is not None:
             check_exits(job.recipe.exits, subject.opened, destination.target.name)
-        possible(destination, subject.opened, job)
+        possible(destination, subject.opened, job, whole.opened)
         with journal.opened(_key(job, subject, destination.target.name)):
-            work = Compression(job, subject, destination, effort, journal, progress, clock)
+            work = Compression(job, subject, destination, effort, journal, progress, clock, whole, cuts)
             receipt = work.run(heard)
             accepted = not receipt["missed"]
             with progress.stage("report"), clock.stage("report"):
@@ -186,11 +191,15 @@ def evaluate(out: Path, against: str | Model | Network, progress: Progress | Non
         destination.ready()
         with progress.stage("open"), clock.stage("open"):
             subject = subject_of(against, dequantize=True)
+            destination = suited(destination, subject)
             destination.accepts(subject)
             data = subject.judged(eval_data, how, seed)
             destination = destination.given(subject, data)
         with progress.stage("proof") as stage, clock.stage("proof"):
             again = destination.reopened(subject, path)
+            if again is not None and (fewer := matched(subject.opened, again.opened)) is not subject.opened:
+                subject = subject_of(fewer)
+                data = subject.judged(eval_data, how, seed)
             measured = {} if again is None else subject.measure(again, data, stage)
         with progress.stage(destination.target.name) as stage, clock.stage("runtime"):
             measured["runtime"] = destination.prove(subject, path, data, how, stage)
@@ -204,15 +213,24 @@ def evaluate(out: Path, against: str | Model | Network, progress: Progress | Non
             "seconds": clock.seconds, "warnings": list(heard)}
 
 
+def _fewer_tokens(subject: Subject, job: Job) -> tuple[Subject, tuple[Receipt, ...]]:
+    """The subject without the tokens that the job leaves out, and a receipt of them."""
+    done = trimmed(subject.opened, vocabulary_steps(job.recipe, job.keep_vocabulary), job.data)
+    return subject_of(done.opened) if done.receipts else subject, done.receipts
+
+
 def _key(job: Job, subject: Subject, target: str) -> dict[str, Any]:
     """Everything that decides the bits of the result."""
     opened, exits = subject.opened, None if job.recipe is None else job.recipe.exits
-    refs = (*job.data, *job.eval_data, *(() if exits is None else (*exits.data, *exits.calibration)))
+    refs = (*job.data, *job.eval_data, *job.keep_vocabulary,
+            *(() if exits is None else (*exits.data, *exits.calibration)))
     files = [fingerprint(path).as_dict() | {"path": path.name} for path in opened.source.files()]
     texts = [fingerprint(Path(ref)).as_dict() for ref in refs if isinstance(ref, str) and Path(ref).is_file()]
-    settings = {name: getattr(job, name) for name in ("to", "max_kl", "effort", "seed")}
+    names = ("to", "max_kl", "effort", "seed", "keep_vocabulary")
+    settings = {name: getattr(job, name) for name in names}
     data = {name: list(refs) if isinstance(opened, Model) else identity(refs, opened)
             for name, refs in (("data", job.data), ("eval_data", job.eval_data))}
+    settings["parameters"] = opened.parameters  # the text may have changed that says which tokens stay
     return {"model": opened.name, "files": files, "texts": texts, "settings": settings | data,
             "target": target, "recipe": None if job.recipe is None else asdict(job.recipe),
             "threads": torch.get_num_threads(), "versions": versions()}

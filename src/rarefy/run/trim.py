@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rarefy.calibration.sentences import read_sentences
 from rarefy.calibration.text import token_streams
-from rarefy.core.errors import DataError, EditError, RecipeError
-from rarefy.core.nouns import Receipt, Step
+from rarefy.core.errors import DataError, EditError, ModelError, RecipeError
+from rarefy.core.nouns import Receipt, Recipe, Step
 from rarefy.core.structure import Tokens, Trimming
 from rarefy.models import narrowed, shrunk
 from rarefy.models.map import Site
@@ -51,6 +51,12 @@ def trimmed(opened: Model | Network, steps: Sequence[Step], data: tuple[Any, ...
     return Trimmed(opened, receipts)
 
 
+def vocabulary_steps(recipe: Recipe | None, text: tuple[str, ...]) -> tuple[Step, ...]:
+    """The steps of a recipe, behind one that keeps the tokens of ``text`` where there is any."""
+    asked = (Step("vocabulary", settings={"text": text}),) if text else ()
+    return asked + (() if recipe is None else recipe.steps)
+
+
 def trimmers() -> frozenset[str]:
     """The techniques that take tokens out."""
     return frozenset(name for name, kind in structures().items() if kind.edits == (Tokens,))
@@ -72,14 +78,33 @@ def without_rare(opened: Model | Network, technique: Trimming, text: tuple[Any, 
     kept = torch.tensor(sorted(components(opened.tokenizer, chosen.tolist())))
     if kept.numel() >= rows:
         raise EditError(f"{table.path}: the text uses all {rows} tokens; raise least or pass most")
-    done: Model | Network = shrunk.with_tokens(opened, kept) if isinstance(opened, Model) else \
-        narrowed.with_tokens(opened, kept)
+    done = _with_tokens(opened, kept)
     matrices = 1 if opened.map.tied or isinstance(opened, Network) else 2
-    bits = [matrices * 16 * count * table.shape[1] for count in (rows, kept.numel())]
+    before, after = (matrices * 16 * count * table.shape[1] for count in (rows, kept.numel()))
     held = counts[kept].sum() / counts.sum().clamp_min(1)
-    note = f"{rows - kept.numel()} of {rows} tokens left out; {float(held):.2%} of the text's tokens stay"
-    return Trimmed(done, (Receipt(table.path, name, *bits, float("nan"), time.perf_counter() - started,
-                                  note=note),))
+    note = f"{rows - kept.numel()} of {rows} tokens left out; {float(held):.2%} of the text's stay"
+    return Trimmed(done, (Receipt(table.path, name, before, after, float("nan"),
+                                  time.perf_counter() - started, note=note),))
+
+
+def matched(opened: Model | Network, candidate: Model | Network) -> Model | Network:
+    """``opened`` with the tokens of ``candidate`` alone, where that was made of it by leaving some out."""
+    if isinstance(opened, Network) and opened.form.takes != "text":
+        return opened
+    held, known = candidate.tokenizer.get_vocab(), opened.tokenizer.get_vocab()
+    if len(held) >= len(known) or not held.keys() <= known.keys():
+        return opened
+    kept = torch.tensor([known[token] for token, _ in sorted(held.items(), key=lambda entry: entry[1])])
+    if not bool((kept.diff() > 0).all()):
+        raise ModelError(f"{candidate.name}: has some of the tokens of {opened.name} in another order, so it "
+                         "was not made of it; name its original")
+    return _with_tokens(opened, kept)
+
+
+def _with_tokens(opened: Model | Network, kept: Tensor) -> Model | Network:
+    if isinstance(opened, Model):
+        return shrunk.with_tokens(opened, kept)
+    return narrowed.with_tokens(opened, kept)
 
 
 def _table(opened: Model | Network) -> Site:
