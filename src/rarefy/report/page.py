@@ -16,6 +16,7 @@ from typing import Any
 
 from rarefy.report import words
 from rarefy.report.answers import Answers, answers_of, plain
+from rarefy.report.curves import curves
 from rarefy.report.mosaic import mosaic
 from rarefy.report.ruler import Reading, ruler
 from rarefy.report.summary import exit_rows
@@ -77,7 +78,7 @@ def view(receipt: dict[str, Any]) -> dict[str, Any]:
         "completions": [_pair(c) for c in receipt.get("completions") or ()],
         "warnings": [*(receipt.get("warnings") or ()), *_busy(receipt.get("speed") or {}), *_notes(receipt)],
         "sites": _sites(plan, receipt.get("sites") or []), "unlisted": max(len(plan) - LISTED, 0),
-        "axes": _axes(receipt.get("axes") or []),
+        "axes": _axes(receipt.get("axes") or []), "curves": curves(receipt.get("training") or []),
         "unlisted_axes": max(len(receipt.get("axes") or ()) - LISTED, 0),
         "seconds": _seconds(receipt.get("seconds") or {}), "bands": _band_list(kind),
         "bits_per_weight": 8 * weight / model["weights"] if model.get("weights") else None,
