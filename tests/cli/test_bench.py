@@ -17,6 +17,7 @@ from rarefy.core.errors import TargetError
 from rarefy.export.onnx import GRIDS, export_onnx
 from rarefy.export.openvino import export_openvino
 from rarefy.export.program import trace
+from rarefy.measure import machine
 from rarefy.runtimes import present
 from rarefy.runtimes.bench import compare
 from small_networks import bert, rounded_trees, tokens
@@ -51,6 +52,31 @@ def test_the_command(cli: Any, files: dict[str, Path]) -> None:
     assert "faster 8" in done.stdout and "model.onnx" in done.stdout and "onnxruntime 1" in done.stdout
     done = cli("bench", str(files["out"]), "--against", str(files["original"]), "--visits", "1", "--json")
     assert [row["ratio"].keys() for row in json.loads(done.stdout)] == [{"1": 0, "8": 0}.keys()] * 2
+
+
+def test_against_the_model_it_was_made_of(cli: Any, tiny_gemma3: Path, tmp_path: Path) -> None:
+    """The original is written for the same runtime, and PyTorch runs what it was opened from."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"model": str(tiny_gemma3), "target": "onnxruntime", "effort": "quick",
+                                  "steps": [{"technique": "rtn", "where": ["*"], "format": "int8"}]}))
+    done = cli("run", str(recipe), "-o", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.stderr
+    done = cli("bench", str(tmp_path / "out"), "--visits", "1", "--length", "16", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["memory_bytes_per_second"] > 1e8
+    assert [row["runtime"].split()[0] for row in told["files"]] == ["onnxruntime", "torch", "onnxruntime"]
+    assert all(row["decode"] > 0 and row["prefill"] > 0 for row in told["files"])
+    assert told["files"][2]["bytes"] < told["files"][0]["bytes"] / 3
+    assert "neither is in the times" in done.stderr
+
+
+def test_energy_is_told_where_there_is_a_counter(tmp_path: Path) -> None:
+    assert machine.joules(tmp_path) is None and machine.drawn(None, tmp_path) is None
+    (tmp_path / "energy_uj").write_text("5000000")
+    (tmp_path / "max_energy_range_uj").write_text("9000000")
+    assert machine.joules(tmp_path) == 5 and machine.drawn(2.0, tmp_path) == 3
+    assert machine.drawn(8.0, tmp_path) == 6  # it wrapped around
 
 
 def test_what_is_refused(cli: Any, files: dict[str, Path], tmp_path: Path) -> None:

@@ -57,6 +57,18 @@ def test_there_and_back_is_the_same_file(cli: Any, quantized: Path, tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back.gguf", "native", "out"]
 
 
+@pytest.mark.parametrize(("target", "file"), [("onnxruntime", "model.onnx"), ("openvino", "model.xml")])
+def test_a_graph_holds_the_same_codes(cli: Any, quantized: Path, tmp_path: Path, target: str, file: str
+                                      ) -> None:
+    """The runtime reads it back, and writes what we would; a quarter of what floats would take."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip(target)
+    done = cli("export", str(quantized), "--for", target, "-o", str(tmp_path / "graph"), "--json")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "graph" / file).is_file() and (tmp_path / "graph" / "tokenizer.json").is_file()
+    assert "warning" not in done.stderr
+
+
 def test_refusals(cli: Any, quantized: Path, tmp_path: Path) -> None:
     done = cli("export", str(quantized), "--for", "lama.cpp", "-o", str(tmp_path / "x"))
     assert (done.exit_code, "did you mean 'llama.cpp'" in done.stderr) == (7, True)

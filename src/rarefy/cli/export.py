@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Place = Annotated[Path, typer.Option(
     "--out", "-o", metavar="PATH", rich_help_panel=SHOWN, show_default=False,
-    help="File (llama.cpp) or folder (native, transformers) to create.")]
+    help="File (llama.cpp) or folder (the others) to create.")]
 
 
 @guarded
@@ -32,22 +32,30 @@ def export(
                                            help="A folder that rarefy wrote, or a .gguf file.")],
     *, target: Target = "llama.cpp", out: Place, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
-    """Write a model for another target: llama.cpp (one .gguf file), native or transformers (a folder).
+    """Write a language model for another target: llama.cpp (one .gguf file, also for auto), native,
+    transformers, onnxruntime or openvino (a folder).
 
     Codes and scales go over as they are; nothing is rounded a second time.
     """
     from rarefy.export.compressed_tensors import TRANSFORMERS
     from rarefy.export.gguf import LLAMA_CPP
     from rarefy.export.native import NATIVE, export_native
+    from rarefy.run.resolve import AUTO, WRITING
 
-    if target not in (known := [LLAMA_CPP.name, NATIVE.name, TRANSFORMERS.name]):
+    known = [AUTO, LLAMA_CPP.name, NATIVE.name, TRANSFORMERS.name, *WRITING]
+    if target not in known:
         raise TargetError(f"target {target!r}: choose one of {', '.join(known)}{did_you_mean(target, known)}")
+    target = LLAMA_CPP.name if target == AUTO else target
+    if target in WRITING:
+        WRITING[target].ready()
     with staged(out, overwrite=overwrite) as partial, progress().stage(f"export for {target}"):
         model, trees = _opened(source)
         if target == NATIVE.name:
             size = export_native(model, trees, partial)
         elif target == TRANSFORMERS.name:
             size = _transformers(model, trees, partial)
+        elif target in WRITING:
+            size = _graph(model, trees, partial, target)
         else:
             size = _gguf(model, trees, partial)
     if as_json:
@@ -102,6 +110,23 @@ def _transformers(model: Model, trees: dict[str, Any], folder: Path) -> int:
         expected = network(**tokens, use_cache=False).logits
     verify_checkpoint(folder, tokens, expected, adapter=done.adapter)
     return done.bytes
+
+
+def _graph(model: Model, trees: dict[str, Any], folder: Path, target: str) -> int:
+    """A graph with its cache, read again by its runtime; what it holds only as floats is said."""
+    from rarefy.measure.resources import bytes_on_disk
+    from rarefy.run.engines import ENGINES
+    from rarefy.run.to_decoder import Writing
+
+    writing = Writing(next(engine for engine in ENGINES if engine.target.name == target))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        writing.export(model, trees, dict.fromkeys(trees), folder)
+    for each in heard:
+        if "no form as small" in str(each.message):
+            tell(f"warning: {each.message}")
+    writing.check(folder)
+    return bytes_on_disk(folder)
 
 
 @contextmanager

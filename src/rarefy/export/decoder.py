@@ -11,7 +11,7 @@ included; the past may be empty. Weights become pieces of the graph as in any ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def trace_decoder(network: Any) -> Decoder:
               [{0: free, 2: free} for _ in range(2 * layout.layers)])
     made = traced(wrapped, given, {}, shapes)
     found, _ = map_network(wrapped)
-    _forget(made, found.by_path)
+    _forget(made, {*found.by_path, *found.shared})
     graph = made.model_proto.graph
     names = ["input_ids", "attention_mask", "position_ids", *layout.names(PAST)]
     values = [each.name for each in graph.output]
@@ -164,8 +164,8 @@ def _check(wrapped: Cached, layout: Layout, tokens: Tensor) -> None:
                           f"(relative error {error:.2g}); pass --for llama.cpp or --for torch")
 
 
-def _forget(made: Any, sites: Mapping[str, Any]) -> None:
-    """Leave the weights out of the traced graph, which replaces every operator that reads one: they would
+def _forget(made: Any, sites: Collection[str]) -> None:
+    """Leave the weights out of the traced graph, since every operator that reads one is replaced: they would
     be there twice, and a message holds 2 GB."""
     import onnx_ir
 

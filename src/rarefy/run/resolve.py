@@ -23,9 +23,11 @@ from rarefy.run.to_decoder import Writing
 from rarefy.run.to_llamacpp import LlamaCpp
 from rarefy.run.to_onnx import Traced
 from rarefy.run.to_torch import Torch
+from rarefy.run.to_transformers import Transformers
 
 AUTO = "auto"
-_ALL: tuple[Destination, ...] = (LlamaCpp(), Torch(), *(Traced(engine) for engine in ENGINES))
+_ALL: tuple[Destination, ...] = (LlamaCpp(), Torch(), *(Traced(engine) for engine in ENGINES),
+                                  Transformers())
 TARGETS: dict[str, Destination] = {each.target.name: each for each in _ALL}
 WRITING: dict[str, Destination] = {each.target.name: each for each in map(Writing, ENGINES)}
 

@@ -33,7 +33,6 @@ from rarefy.measure.resources import bytes_on_disk
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.runner import Runner
-from rarefy.planner.allocate import Plan
 from rarefy.report.verdict import distance
 from rarefy.run.effort import Effort
 from rarefy.run.engines import INSIDE, Engine, Uses
@@ -104,8 +103,8 @@ class Writing:
         model = _model(opened)
         program = self._decoder(model).program
         graph = program.proto.graph
-        held = [each for each in graph.initializer if each.name not in program.sites]
-        numbers = sum(len(each.raw_data) for each in held)
+        held = [each for each in graph.initializer if each.raw_data]  # weights are not in it
+        numbers = sum(each.ByteSize() for each in held)
         if self.engine.contrib:
             return numbers + sum(_bare(node) for node in graph.node) + _beside(model)
         return numbers + OPERATOR * (len(graph.node) + len(held)) + _beside(model)
@@ -124,7 +123,7 @@ class Writing:
     def place(self, folder: Path) -> Path:
         return folder / INSIDE
 
-    def export(self, opened: Opened, trees: Mapping[str, Node], plan: Plan, path: Path) -> None:
+    def export(self, opened: Opened, trees: Mapping[str, Node], plan: Mapping[str, Any], path: Path) -> None:
         model = _model(opened)
         if path.exists():
             shutil.rmtree(path)
@@ -171,16 +170,26 @@ class Writing:
                               session.version)
         return agreed if broken > AGREEMENT else agreed.check(session.path)
 
+    @torch.no_grad()
+    def check(self, path: Path) -> Agreement:
+        """What was just exported, in its runtime, against our own evaluation of a few tokens; TargetError
+        when they are too far apart."""
+        assert self._made is not None and self._made.path == path
+        model = self._made.model
+        window = torch.arange(5, 69)[None] % model.map.head.shape[0]
+        with Session(path / self.engine.file, self.target.name) as session:
+            return self._agreed(model, session, window, broken=0)
+
     def beside(self, subject: Subject, path: Path, data: Any, work: Path, effort: Effort, stage: Stage
                ) -> Beside:
         """The original as float32 in the same runtime."""
-        model, original = _model(subject.opened), work / "original"
+        model = _model(subject.opened)
         stage.line("the original as float32")
-        self._write(model, {}, original, OnnxSettings(contrib=self.engine.contrib))
-        files = [folder / self.engine.file for folder in (original, path)]
+        original = self.original(subject, work / "original")[0]
+        files = [original, path / self.engine.file]
         rows = compare_writers(files, prompt=PREFILL, count=DECODE, visits=1 + 2 * effort.repeats)
         told = _completions(model, files, self.target.name)
-        shutil.rmtree(original)
+        shutil.rmtree(original.parent)
         first, second = rows
         speed = {"original": {"prefill": first.prefill, "decode": first.decode},
                  "compressed": {"prefill": second.prefill, "decode": second.decode},
@@ -189,6 +198,12 @@ class Writing:
                  "drift": max(first.spread.values()), "memory_original": asdict(first.memory),
                  "memory_compressed": asdict(second.memory)}
         return Beside(speed, told)
+
+    def original(self, subject: Subject, folder: Path) -> list[Path]:
+        """The uncompressed model as float32 for this runtime. (PyTorch runs what it was opened from.)"""
+        model = _model(subject.opened)
+        self._write(model, {}, folder, OnnxSettings(contrib=self.engine.contrib))
+        return [folder / self.engine.file]
 
     def how_to_run(self, out: Path) -> list[str]:
         return [self.engine.opens(str(self.place(out) / self.engine.file))]

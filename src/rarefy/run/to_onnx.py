@@ -203,15 +203,19 @@ class Traced:
     def beside(self, subject: Subject, path: Path, data: Any, work: Path, effort: Effort, stage: Stage
                ) -> Beside:
         """The original as float32 in the same runtime."""
-        original = work / "original"
         stage.line("the original as float32")
-        network = self._network(subject.opened)
-        self._write(network, {}, original, OnnxSettings())
+        original = self.original(subject, work / "original")[0]
         length = _length(data)
-        rows = compare([original / self.engine.file, path / self.engine.file], length=length,
-                       visits=1 + 2 * effort.repeats)
-        shutil.rmtree(original)
+        rows = compare([original, path / self.engine.file], length=length, visits=1 + 2 * effort.repeats)
+        shutil.rmtree(original.parent)
         return Beside({**_speed(*rows), "tokens": length}, lowered=self._lowered())
+
+    def original(self, subject: Subject, folder: Path) -> list[Path]:
+        """The uncompressed network as float32: for this runtime, and as a program for PyTorch."""
+        network = self._network(subject.opened)
+        self._write(network, {}, folder, OnnxSettings(contrib=self.engine.contrib))
+        torch.export.save(self._program(network).exported, folder / "original.pt2")
+        return [folder / self.engine.file, folder / "original.pt2"]
 
     def how_to_run(self, out: Path) -> list[str]:
         return [self.engine.opens(str(self.place(out) / self.engine.file))]

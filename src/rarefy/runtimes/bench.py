@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import TargetError, did_you_mean
+from rarefy.measure.machine import drawn, joules
 from rarefy.runtimes.child import Input
 from rarefy.runtimes.llamacpp import Memory
 from rarefy.runtimes.session import Latency, Session, Written
@@ -34,7 +35,7 @@ BATCHES = (1, 8)
 class Timed:
     """One file. bytes: on disk; peak: of its process; latency: by batch; ratio, spread: times faster than the
     first file, by batch, and (largest - smallest) / median over the visits; load: seconds until it could
-    answer."""
+    answer; joules: of a call, by batch, what else the machine does included (none without a counter)."""
 
     path: Path
     runtime: str
@@ -44,6 +45,7 @@ class Timed:
     latency: dict[int, Latency]
     ratio: dict[int, float]
     spread: dict[int, float]
+    joules: dict[int, float] = field(default_factory=dict)
 
 
 def engine_of(path: Path) -> str:
@@ -77,9 +79,13 @@ def compare(paths: Sequence[Path], *, batches: Sequence[int] = BATCHES, length: 
     """
     with ExitStack() as stack:
         sessions, loads = _opened(stack, paths, threads, exact)
-        seconds = {batch: _visits(sessions, batch, length, visits, calls, own=own) for batch in batches}
+        visited = {batch: _visits(sessions, batch, length, visits, calls, own=own) for batch in batches}
         peaks = [session.memory().peak for session in sessions]
-    return [_timed(k, session, loads[k], peaks[k], seconds) for k, session in enumerate(sessions)]
+    seconds = {batch: taken for batch, (taken, _) in visited.items()}
+    rows = [_timed(k, session, loads[k], peaks[k], seconds) for k, session in enumerate(sessions)]
+    energy = {batch: used for batch, (_, used) in visited.items() if used}
+    return [replace(row, joules={batch: used[k] / calls for batch, used in energy.items()})
+            for k, row in enumerate(rows)]
 
 
 @dataclass(frozen=True)
@@ -145,17 +151,20 @@ def bytes_of(path: Path) -> int:
 
 
 def _visits(sessions: Sequence[Session], batch: int, length: int, visits: int, calls: int, *, own: bool
-            ) -> list[list[list[float]]]:
-    """Seconds of each call, by file and visit; the first file has one visit more."""
+            ) -> tuple[list[list[list[float]]], list[float]]:
+    """Seconds of each call, by file and visit, and joules of a visit; the first file has one visit more."""
     inputs = [probe(session.declared, batch, length) for session in sessions]
     for session, given in zip(sessions, inputs, strict=True):
         session.latency(given, 2)  # warm
     taken: list[list[list[float]]] = [[] for _ in sessions]
-    for _ in range(visits):
-        for k, session in enumerate(sessions):
+    energy: list[list[float]] = [[] for _ in sessions]
+    for visit in range(visits + 1):
+        for k, session in enumerate(sessions if visit < visits else sessions[:1]):
+            before = joules()
             taken[k].append(session.latency(inputs[k], calls, own=own))
-    taken[0].append(sessions[0].latency(inputs[0], calls, own=own))
-    return taken
+            if (used := drawn(before)) is not None:
+                energy[k].append(used)
+    return taken, [statistics.median(each) for each in energy if each]
 
 
 def _timed(k: int, session: Session, load: float, peak: int,

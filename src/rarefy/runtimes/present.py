@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rarefy.measure.machine import joules
 from rarefy.runtimes.llamacpp import usable_threads
 
 # Instructions that decide how fast small integers are multiplied.
 INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
-ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,4 @@ def machine() -> Machine:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     name = fields.get("model name") or platform.processor() or platform.machine()
     return Machine(name, usable_threads(), pages,
-                   tuple(each for each in INSTRUCTIONS if each in flags), os.access(ENERGY, os.R_OK))
+                   tuple(each for each in INSTRUCTIONS if each in flags), joules() is not None)

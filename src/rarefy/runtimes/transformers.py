@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 folder, loader, inputs, outputs, adapter = sys.argv[1:]
 transformers.logging.set_verbosity_error()
 network, told = getattr(transformers, loader).from_pretrained(
-    folder, local_files_only=True, trust_remote_code=False, output_loading_info=True)
+    folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, dtype=torch.float32)
 kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
 wrong = [f"{kind} {name}" for kind in kinds for name in told[kind]]
 assert not wrong, f"{len(wrong)} tensors do not fit, first {wrong[0]}"
