@@ -3,11 +3,11 @@ before plain?
 
     python benchmarks/orderings.py --data DATA --work WORK --gemma HF_FOLDER
 
-Every matrix of every block of the language model is edited by one technique, nothing is trained afterwards,
-and all techniques of a comparison keep as many weights or numbers. Techniques that look at inputs see the
-same ones, those of the original (``DATA/wikitext2/valid.txt``), gathered once; a job gathers them anew behind
-every block it has edited. All are judged on the same windows of ``test.raw.txt``, with half of a window as
-context. Results are kept in WORK/orderings.json.
+Every matrix of three blocks of the language model (the first, the middle, the last) is edited by one
+technique, nothing is trained afterwards, and all techniques of a comparison keep as many weights or numbers.
+Techniques that look at inputs see the same ones, those of the original (``DATA/wikitext2/valid.txt``),
+gathered once; a job gathers them anew behind every block it has edited. All are judged on the same windows of
+``test.raw.txt``, with half of a window as context. Results are kept in WORK/orderings.json.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from rarefy.run.language import Language
 from rarefy.run.planning import build
 from rarefy.run.progress import Silent
 from rarefy.run.sweep import Work, rewrite
-from techniques import recorded, source_of, step
+from techniques import chosen, recorded, source_of, step
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "orderings.md"
 COMMAND = "python benchmarks/orderings.py --data DATA --work WORK --gemma HF_FOLDER"
-EFFORT = replace(effort_named("quick"), length=512, survey=4, calibration=16, evaluation=5)
-CONTEXT = 256  # positions of a window that are not judged
+EFFORT = replace(effort_named("quick"), length=256, survey=2, calibration=24, evaluation=4)
+CONTEXT = 128  # positions of a window that are not judged
 def pruned(**settings: Any) -> tuple[Step, ...]:
     return tuple(step(name, **settings) for name in ("magnitude", "wanda", "sparsegpt"))
 
@@ -66,7 +66,7 @@ class Subject:
         seen, judged = str(texts / "valid.txt"), str(texts / "test.raw.txt")
         self.data: Data = self.language.gather((seen,), (judged,), EFFORT, 0, Silent())
         self.reference = Reference(self.model, self.data.evaluation, skip=CONTEXT)
-        self.sites = tuple(site for site in self.model.map.sites if site.block is not None)
+        self.sites = tuple(chosen(self.language))
         foreseen = {found.site.path: found.evidence for found in self.language.survey(
             self.data, EFFORT, torch.Generator().manual_seed(0), lambda done, total: None)}
         self.seen = recorded(self.language, self.sites, self.data, foreseen)
