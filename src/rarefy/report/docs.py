@@ -33,7 +33,8 @@ def page(entry: Entry, measured: str = "") -> str:
     elif entry.needs:
         facts.append(f"- **Needs** calibration evidence: {', '.join(f'`{name}`' for name in entry.needs)}")
     elif entry.scope == "training":
-        facts.append("- **Works** while the network trains: needs data and a loss")
+        facts.append("- **Works** while the network trains: a step of a recipe, with `training`; needs data "
+                     "and a loss")
     else:
         facts.append("- **Needs** no data; uses calibration evidence where there is some")
     if entry.beats:

@@ -133,8 +133,8 @@ def _made(step: Step, known: Mapping[str, type[Any]], format_name: str) -> Any:
                           f"{getattr(other, 'scope', 'leaf')!r}); rarefy techniques {step.technique} says "
                           "where it works")
     if step.technique not in known:
-        raise RecipeError(f"technique {step.technique!r} does not exist"
-                          f"{did_you_mean(step.technique, [*techniques(), *transforms(), *structures()])}")
+        named = [TUNE, *(name for name, kind in _found().items() if kind not in objectives().values())]
+        raise RecipeError(f"technique {step.technique!r} does not exist{did_you_mean(step.technique, named)}")
     kind = known[step.technique]
     fields = kind.__dataclass_fields__
     wrong = [name for name in step.settings if name not in fields]
