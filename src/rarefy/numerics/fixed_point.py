@@ -89,7 +89,8 @@ def exponential(below: Tensor, one: int) -> Tensor:
     value = EXP_SQUARE.times(rest * rest) + EXP_REST
     shift = halvings + FINE
     half = torch.ones_like(shift) << (shift - 1)
-    return ((value * one + half) >> shift).clamp_max(one)
+    found: Tensor = (value * one + half) >> shift
+    return found.clamp_max(one)
 
 
 def hyperbolic_tangent(twice: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class Erf:
     @property
     def start(self) -> int:
         """The edge as an argument of ``error_function``."""
-        return round(self.edge * 2**ERF_IN)
+        return round(self.edge * (1 << ERF_IN))
 
     @property
     def words(self) -> tuple[int, ...]:

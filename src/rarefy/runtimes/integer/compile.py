@@ -109,7 +109,9 @@ class _Compiler:
         adopted: dict[str, Range] = {}
         for op in self._ops():
             span = trained.get(self.reads.get(op.name, ""))
-            source = op.args[0] if span is not None else None
+            if span is None:
+                continue
+            source = op.args[0]
             while isinstance(source, FxNode):
                 before = adopted.get(source.name)
                 adopted[source.name] = span if before is None else span.joined(before)
