@@ -193,16 +193,19 @@ class Layered:
         return seen.bases(rank)
 
     @torch.no_grad()
-    def likelihoods(self, text: Int64[Tensor, "1 length"], memory: Memory, chunk: int = 64
+    def likelihoods(self, text: Int64[Tensor, "1 length"], memory: Memory, chunk: int = 64, skip: int = 0
                     ) -> Float[Tensor, " places"]:
         """Log-likelihood of every token but the first, the text read ``chunk`` tokens at a time; what the
-        memory forgets between two chunks is not there for the next."""
+        memory forgets between two chunks is not there for the next. skip: chunks that begin before this
+        position only give context."""
         found = []
         for start in range(0, text.shape[1], chunk):
             part = text[:, start:start + chunk]
             hidden = self.stem(part, start)
             for index in range(len(self.cuts) - 1):
                 hidden = self.part(index, hidden, start, memory)
+            if start < skip:
+                continue
             after = text[0, start + 1:start + 1 + chunk]
             logits = self.logits(hidden)[0, :len(after)].log_softmax(-1)
             found.append(logits.gather(1, after[:, None])[:, 0])
