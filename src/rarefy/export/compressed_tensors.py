@@ -122,9 +122,11 @@ def _place(parts: _Parts, site: Site, tree: Node, *, alone: bool, activations: b
     parts.tensors |= {f"{module}.{name}": values for name, values in stored(found, scheme, dtype).items()}
 
 
-def quantization_config(network: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+def quantization_config(network: nn.Module, schemes: Mapping[str, Scheme], *, adapted: bool = False
+                        ) -> dict[str, Any]:
     """The smallest configuration: one group for all linear layers but those listed, or groups by name.
 
+    adapted: whether PEFT puts an adapter on it, for which layers must have a ``weight``: decoded at load.
     Without ``quantization_status`` transformers would load random weights and say nothing.
     """
     by_scheme: dict[Scheme, list[str]] = defaultdict(list)
@@ -133,6 +135,10 @@ def quantization_config(network: nn.Module, schemes: Mapping[str, Scheme]) -> di
     left = [name for name, part in network.named_modules()
             if isinstance(part, nn.Linear) and name not in schemes]
     zeros = [scheme for scheme in by_scheme if not scheme.symmetric]
+    if adapted and len(by_scheme) > 1:
+        raise TargetError(f"{next(iter(schemes))}: transformers decodes codes at load, as an adapter needs, "
+                          f"only where all layers are stored alike, and here are {len(by_scheme)} ways; "
+                          "choose one grid for all")
     if zeros and len(by_scheme) > 1:
         raise TargetError(f"{by_scheme[zeros[0]][0]}: transformers loads zero points only where all layers "
                           f"are stored alike, and here are {len(by_scheme)} ways; choose symmetric grids, or "
@@ -144,7 +150,7 @@ def quantization_config(network: nn.Module, schemes: Mapping[str, Scheme]) -> di
             "format": formats.pop() if len(formats) == 1 else "mixed-precision", "config_groups": groups,
             "ignore": left,
             # transformers lays out packed zero points as if they were not; decoding at load avoids that
-            **({"dequantize": True} if zeros else {})}
+            **({"dequantize": True} if zeros or adapted else {})}
 
 
 def _write(folder: Path, network: Any, parts: _Parts, dtype: torch.dtype) -> None:
@@ -153,7 +159,8 @@ def _write(folder: Path, network: Any, parts: _Parts, dtype: torch.dtype) -> Non
     config |= {"architectures": [type(network).__name__], "dtype": str(dtype).removeprefix("torch.")}
     config.pop("quantization_config", None)
     if parts.schemes:
-        config["quantization_config"] = quantization_config(network, parts.schemes)
+        config["quantization_config"] = quantization_config(network, parts.schemes,
+                                                            adapted=bool(parts.repairs))
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
