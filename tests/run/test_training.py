@@ -186,3 +186,13 @@ def test_the_command_line(tiny_encoder: Path, tmp_path: Path) -> None:
     assert "held-out loss" in done.stdout and "accuracy" in done.stdout
     receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
     assert [weight for weight, _ in receipt["objectives"]] == [0.5, 1.0]
+
+
+def test_a_student_with_bottlenecks(tiny_encoder: Path, tmp_path: Path) -> None:
+    tables = tuple(str(tiny_encoder / name) for name in ("train.tsv", "dev.tsv"))
+    settings = Settings(steps=10, rate=3e-3, precision="float32")
+    done = train(Training(str(tiny_encoder), tmp_path / "out", tables[:1], tables[1:],
+                          student="bottleneck:32", settings=settings))
+    student = open_any(done.out)
+    assert isinstance(student, Network) and student.config.intra_bottleneck_size == 32
+    assert done.receipt["student"].endswith("bottleneck32")
