@@ -1,16 +1,17 @@
 """Smaller networks of the same kind: how much faster they are, and what they lose before and after recovery.
 
-    python benchmarks/structure.py --data DATA --work WORK --gemma HF_FOLDER [--only gemma speed cnn albert]
+    python benchmarks/structure.py --data DATA --work WORK --gemma HF_FOLDER [--only NAME ...]
 
 DATA holds ``wikitext2/valid.txt`` (calibration and recovery) and ``test.raw.txt`` (evaluation only),
 ``mnist/`` as for ``deep_compression.py``, ``sst2/train.tsv``, ``dev.tsv``, ``test.tsv``. HF_FOLDER is what
 ``permuted_gemma.py`` writes. Results go to the ledger in WORK; what is there is not run again.
 
-    gemma    a quarter of the body's numbers out, by our criteria and those of LLM-Pruner and Torch-Pruning,
-             each recovered alike
-    speed    files of the same formats with and without that quarter, timed in llama.cpp
-    cnn      a residual CNN with half of its multiplications, beside Torch-Pruning; PyTorch and ONNX Runtime
-    albert   MiniLM with shared layers, taught by the network that it was made of
+    gemma        a quarter of the body's numbers out, by our criteria and those of LLM-Pruner and
+                 Torch-Pruning, each recovered alike
+    speed        files of the same formats with and without that quarter, timed in llama.cpp
+    vocabulary   Gemma and MiniLM without the tokens that a text does not use
+    cnn          a residual CNN with half of its multiplications, beside Torch-Pruning
+    albert       MiniLM with shared layers, taught by the network that it was made of
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,10 @@ from rarefy.calibration.samples import materialize
 from rarefy.calibration.text import windows
 from rarefy.core.edit import edit
 from rarefy.core.nodes import Dense, Node
+from rarefy.core.nouns import Step
 from rarefy.core.structure import UnitGroup
 from rarefy.export.gguf import export_gguf, site_bytes
+from rarefy.export.networks import export_network
 from rarefy.export.onnx import export_onnx
 from rarefy.formats.ggml import CODECS
 from rarefy.measure.divergence import Reference
@@ -48,6 +52,7 @@ from rarefy.run.narrow import filtered, multiplications
 from rarefy.run.reshape import Reshaped, thinned
 from rarefy.run.sharing import share_layers
 from rarefy.run.training import Training, train
+from rarefy.run.trim import trimmed
 from rarefy.runtimes import bench, llamacpp
 from rarefy.techniques.distill.forward_kl import ForwardKL
 from rarefy.techniques.distill.hard_labels import HardLabels
@@ -69,21 +74,33 @@ def main() -> None:
     """Run what the ledger does not hold; write the page."""
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(arguments.work / "structure.json")
+    results = Results(Ledger(arguments.work / "structure.json"), arguments.finished)
     parts = []
     for name in arguments.only:
-        parts += STAGES[name](arguments, ledger)
+        parts += STAGES[name](arguments, results)
     write_page(PAGE, "Structure", "python benchmarks/structure.py", [INTRODUCTION, *parts])
 
 
-def _kept(ledger: Ledger, what: tuple[object, ...], work: Callable[[], Any]) -> Any:
-    """A result from the ledger, or made now. Its key is what was asked for: other source, other WORK."""
-    key = fingerprint(*what)
-    if ledger.get(key) is None:
-        print(*what, flush=True)
-        ledger.put(key, work())
-        print(ledger.get(key), flush=True)
-    return ledger.get(key)
+@dataclass(frozen=True, eq=False)
+class Results:
+    """What is in the ledger, and what is not: made now, or left out where only finished rows are wanted."""
+
+    ledger: Ledger
+    finished: bool
+
+    def of(self, cases: Mapping[str, Any], what: tuple[object, ...], work: Callable[[Any], Any]
+           ) -> dict[str, Any]:
+        """A result for every case, under what was asked for: other source, other WORK."""
+        found = {}
+        for name, case in cases.items():
+            key = fingerprint(name, *what)
+            if self.ledger.get(key) is None and not self.finished:
+                print(name, *what, flush=True)
+                self.ledger.put(key, work(case))
+                print(self.ledger.get(key), flush=True)
+            if self.ledger.get(key) is not None:
+                found[name] = self.ledger.get(key)
+        return found
 
 
 # ---- Gemma ---------------------------------------------------------------------------------------------
@@ -93,7 +110,7 @@ LESSONS, LESSON = 48, 128        # windows of recovery, and their tokens
 JUDGED = 5                        # windows of evaluation, 512 tokens each
 NEURONS = 0.375                   # share of the neurons: 1280 of 2048 stay
 RECOVERY = Settings(epochs=1, batch=4, rate=1e-4, warmup=0.1)
-FORMATS = ("F16", "Q8_0", "Q4_0")
+FORMATS = ("Q8_0", "Q4_0")
 
 
 @dataclass(frozen=True)
@@ -111,28 +128,36 @@ class Ranked(Units):
         return self.given[group.block]
 
 
-def gemma(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
-    """Criteria beside each other, then speed."""
+def gemma(arguments: argparse.Namespace, results: Results) -> list[str]:
+    """Criteria beside each other."""
     model = open_model(arguments.gemma)
-    text = {name: arguments.data / "wikitext2" / file
-            for name, file in (("valid", "valid.txt"), ("test", "test.raw.txt"))}
-    seen = windows(text["valid"], model.tokenizer, length=LENGTH, count=WINDOWS, seed=0)
-    judged = windows(text["test"], model.tokenizer, length=512, count=JUDGED, seed=1)
-    lessons = windows(text["valid"], model.tokenizer, length=LESSON, count=LESSONS, seed=2)
-    rows, reference = [], Reference(model, judged)
-    for name, prune in CRITERIA.items():
-        found = _kept(ledger, ("gemma", name, NEURONS, LESSONS, LESSON, RECOVERY, WINDOWS, JUDGED),
-                      lambda prune=prune: _recovered(model, prune(model, seen), lessons, reference,
-                                                     arguments.work / "gemma"))
-        rows.append((name, f"{found['fewer']:.1%}", f"{found['before']:.3f}",
-                     f"{found['after']:.3f} ± {found['error']:.3f}", f"{found['top1']:.1%}"))
+
+    @cache
+    def texts() -> tuple[Tensor, Tensor, Reference]:
+        valid, test = (arguments.data / "wikitext2" / file for file in ("valid.txt", "test.raw.txt"))
+        judged = windows(test, model.tokenizer, length=512, count=JUDGED, seed=1)
+        return (windows(valid, model.tokenizer, length=LENGTH, count=WINDOWS, seed=0),
+                windows(valid, model.tokenizer, length=LESSON, count=LESSONS, seed=2),
+                Reference(model, judged))
+
+    def recovered(prune: Callable[[Model, Tensor], Reshaped]) -> dict[str, float]:
+        seen, lessons, reference = texts()
+        return _recovered(model, prune(model, seen), lessons, reference, arguments.work / "gemma")
+
+    found = results.of(CRITERIA, ("gemma", NEURONS, LESSONS, LESSON, RECOVERY, WINDOWS, JUDGED), recovered)
+    if not found:
+        return []
+    rows = [(name, f"{each['fewer']:.1%}", f"{each['before']:.3f}",
+             f"{each['after']:.3f} ± {each['error']:.3f}", f"{each['top1']:.1%}")
+            for name, each in found.items()]
     head = ("criterion", "fewer numbers in the body", "KL before", "KL after recovery", "same top token")
-    minutes = found["seconds"] / 60
+    minutes = min(each["seconds"] for each in found.values()) / 60
     said = (f"KL in nats per token to the unpruned model on {JUDGED} windows of WikiText-2's test set. "
             f"Recovery is one pass over {LESSONS} windows of {LESSON} tokens of the validation set (about "
             f"{minutes:.0f} minutes on one thread), the same for every row: far too short for what it could "
             "give, long enough to compare. It is given the original's distribution over the tokens that "
-            "occur in that text, so that the head costs little.")
+            "occur in that text, so that the head costs little. Rows share their windows, so what lies "
+            "between them is surer than the errors say.")
     return ["## Gemma-3-270M", said, table(head, rows)]
 
 
@@ -223,18 +248,20 @@ def _body(model: Model) -> int:
     return sum(site.shape[0] * site.shape[1] for site in model.map.sites if site.block is not None)
 
 
-def speed(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
+def speed(arguments: argparse.Namespace, results: Results) -> list[str]:
     """Files of the same format with and without a quarter of the body, in turns."""
     model, rows = open_model(arguments.gemma), []
-    for name in FORMATS:
-        found = _kept(ledger, ("gemma speed", name, NEURONS),
-                      lambda name=name: _timed(model, name, arguments.work / "gemma"))
+    timed = results.of({name: name for name in FORMATS}, ("speed", NEURONS),
+                       lambda name: _timed(model, name, arguments.work / "gemma"))
+    if not timed:
+        return []
+    for name, found in timed.items():
         expected = found["read"][0] / found["read"][1]
+        prefill, pruned_prefill, decode, pruned_decode = found["speeds"]
         rows.append((name, f"{found['bytes'][0] / 1e6:.1f}", f"{found['bytes'][1] / 1e6:.1f}",
-                     f"{found['prefill'][0]:.0f}", f"{found['prefill'][1]:.0f}",
-                     f"{found['prefill'][1] / found['prefill'][0]:.2f}x", f"{found['decode'][0]:.1f}",
-                     f"{found['decode'][1]:.1f}", f"{found['decode'][1] / found['decode'][0]:.2f}x",
-                     f"{expected:.2f}x", f"{found['head']:.0%}", f"{found['drift']:.0%}"))
+                     f"{prefill:.0f}", f"{pruned_prefill:.0f}", f"{found['prefill']:.2f}x", f"{decode:.1f}",
+                     f"{pruned_decode:.1f}", f"{found['decode']:.2f}x", f"{expected:.2f}x",
+                     f"{found['head']:.0%}", f"{found['drift']:.0%}"))
     head = ("format", "MB", "MB pruned", "prefill, tokens/s", "pruned", "ratio", "decode, tokens/s", "pruned",
             "ratio", "bytes read: ratio", "of them head", "drift")
     said = ("One thread, both files in one run and in turns; prefill of 512 tokens, 48 tokens "
@@ -248,19 +275,25 @@ def speed(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
 def _timed(model: Model, name: str, folder: Path) -> dict[str, Any]:
     """Speeds and bytes of both files, in one format throughout; which neurons went does not matter here."""
     small = thinned(model, Units(ratio=NEURONS, criterion="magnitude", compensate=False), None).model
+    bytes_read = [sum(site_bytes(site, name) for site in each.map.sites) for each in (model, small)]
+    found = _files(model, small, name, folder)
+    return found | {"read": bytes_read, "head": site_bytes(small.map.head, name) / bytes_read[1]}
+
+
+def _files(whole: Model, small: Model, name: str, folder: Path) -> dict[str, Any]:
+    """Bytes of the files of both, and how fast they run; ``decode`` and ``prefill`` are ratios."""
     paths = []
-    for place, each in (("whole", model), ("pruned", small)):
+    for place, each in (("whole", whole), ("small", small)):
         path = folder / f"{place}-{name}.gguf"
         folder.mkdir(parents=True, exist_ok=True)
         export_gguf(each, _rounded(each, name), {site.path: name for site in each.map.sites}, path)
         paths.append(path)
     found = llamacpp.compare_speed(*paths, prefill=512, decode=48, threads=1, repeats=5)
-    bytes_read = [sum(site_bytes(site, name) for site in each.map.sites) for each in (model, small)]
     sizes = [path.stat().st_size for path in paths]
     for path in paths:
         path.unlink()
-    return {"bytes": sizes, "read": bytes_read, "head": site_bytes(small.map.head, name) / bytes_read[1],
-            "prefill": [found.a.prefill, found.b.prefill], "decode": [found.a.decode, found.b.decode],
+    return {"bytes": sizes, "prefill": found.ratio_prefill, "decode": found.ratio_decode,
+            "speeds": [found.a.prefill, found.b.prefill, found.a.decode, found.b.decode],
             "drift": found.drift}
 
 
@@ -272,6 +305,55 @@ def _rounded(model: Model, name: str) -> Mapping[str, Node]:
     generator = torch.Generator()
     return {site.path: edit(site.path, Dense(weight), weight, RTN(grid), "rtn", None, generator)[0]
             for site in model.map.sites for weight in (model.weight(site.path),)}
+
+
+# ---- vocabulary ----------------------------------------------------------------------------------------
+
+STORED = "Q8_0"
+
+
+def vocabulary(arguments: argparse.Namespace, results: Results) -> list[str]:
+    """Tokens that a text does not use, left out of Gemma and of MiniLM."""
+    folder = arguments.data
+    cases = {"Gemma-3-270M": (str(arguments.gemma), folder / "wikitext2" / "valid.txt",
+                              folder / "wikitext2" / "test.raw.txt"),
+             "MiniLM-L6": ("all-minilm-l6-v2", folder / "sst2" / "train.tsv", folder / "sst2" / "test.tsv")}
+    done = results.of(cases, ("vocabulary", STORED), lambda case: _smaller(*case, arguments.work))
+    rows = []
+    if not done:
+        return []
+    for name, found in done.items():
+        _, text, other = cases[name]
+        rows.append((name, text.name, f"{found['tokens'][1]:,} of {found['tokens'][0]:,}",
+                     f"{found['bytes'][0] / 1e6:.1f}", f"{found['bytes'][1] / 1e6:.1f}", other.name,
+                     f"{found['held']:.2%}", f"{found['longer']:+.2%}",
+                     f"{found['decode']:.2f}x" if "decode" in found else ""))
+    head = ("model", "text", "tokens kept", "MB", "MB without the others", "another text",
+            "of its tokens kept", "longer by", "decode")
+    said = (f"Gemma as a GGUF file in {STORED}, MiniLM as a native folder in float32. A text whose tokens "
+            "were all kept is cut and answered as before (tested); another text of the same kind has some "
+            "tokens that were not, and becomes that much longer. Decoding in llama.cpp, one thread, in "
+            "turns.")
+    return ["## Vocabulary", said, table(head, rows)]
+
+
+def _smaller(ref: str, text: Path, other: Path, work: Path) -> dict[str, Any]:
+    """Tokens and bytes before and after; how another text fares."""
+    whole = open_any(ref)
+    small = trimmed(whole, (Step("vocabulary", settings={"text": (str(text),)}),), ()).opened
+    lines = [line.split("\t")[0] for line in other.read_text(encoding="utf-8").splitlines() if line.strip()]
+    before, after = ([token for ids in each.tokenizer(lines, add_special_tokens=False)["input_ids"]
+                      for token in each.tokenizer.convert_ids_to_tokens(ids)] for each in (whole, small))
+    known = small.tokenizer.get_vocab()
+    found: dict[str, Any] = {
+        "tokens": [len(each.tokenizer) for each in (whole, small)],
+        "held": sum(token in known for token in before) / len(before), "longer": len(after) / len(before) - 1}
+    if isinstance(whole, Model) and isinstance(small, Model):
+        return found | _files(whole, small, STORED, work / "vocabulary")
+    assert isinstance(whole, Network)
+    assert isinstance(small, Network)
+    return found | {"bytes": [export_network(each, {}, work / f"vocabulary-{name}")
+                              for name, each in (("whole", whole), ("small", small))]}
 
 
 # ---- a residual CNN ------------------------------------------------------------------------------------
@@ -315,7 +397,7 @@ class Block(nn.Module):
         return (self.norm_two(self.two(inside)) + self.past(x)).relu()
 
 
-def cnn(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
+def cnn(arguments: argparse.Namespace, results: Results) -> list[str]:
     """Trained, pruned, taught; then timed."""
     digits = read(arguments.data / "mnist")
     module = _trained_resnet(digits, arguments.work / "cnn.pt")
@@ -323,9 +405,9 @@ def cnn(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
     rows, work = [], _work(network)
     rows.append(("whole", f"{work / 1e6:.2f}", "1.00x", "", f"{100 - 100 * digits.error(module):.2f}%",
                  *[""] * 4))
-    for name, prune in PRUNERS.items():
-        found = _kept(ledger, ("cnn", name, CHANNELS, TRAINED, TAUGHT, digits.train.digest()),
-                      lambda prune=prune: _taught(network, prune(network, digits), digits, arguments.work))
+    taught = results.of(PRUNERS, ("cnn", CHANNELS, TRAINED, TAUGHT, digits.train.digest()), lambda prune:
+                        _taught(network, prune(network, digits), digits, arguments.work))
+    for name, found in taught.items():
         rows.append((name, f"{found['work'] / 1e6:.2f}", f"{work / found['work']:.2f}x",
                      f"{found['before']:.2%}", f"{found['after']:.2%}", *found["speed"]))
     head = ("channels", "million multiplications", "fewer", "accuracy before", "accuracy after",
@@ -442,8 +524,10 @@ TEACHER = Settings(epochs=1, batch=32, rate=1e-4, patience=0)
 PUPIL = Settings(epochs=2, batch=32, rate=3e-4, patience=0)
 
 
-def albert(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
+def albert(arguments: argparse.Namespace, results: Results) -> list[str]:
     """MiniLM fine-tuned, its layers shared, taught by what it was."""
+    if results.finished and not results.of(SHARED, ("albert", SENTENCES, PUPIL), lambda technique: None):
+        return []
     teacher = arguments.teacher or _teacher(arguments)
     network = open_any(teacher)
     assert isinstance(network, Network)
@@ -451,9 +535,9 @@ def albert(arguments: argparse.Namespace, ledger: Ledger) -> list[str]:
                                 count=SENTENCES if name == "train" else None) for name in ("train", "test")}
     whole = _accuracy(network, data["test"], {})
     rows = [("fine-tuned", f"{_encoder(network, {}) / 1e6:.2f}", "1.00x", "", f"{whole:.2%}")]
-    for name, technique in SHARED.items():
-        found = _kept(ledger, ("albert", name, technique, SENTENCES, PUPIL, round(whole, 6)),
-                      lambda technique=technique: _shared(network, technique, data, arguments.work))
+    shared = results.of(SHARED, ("albert", SENTENCES, PUPIL),
+                        lambda technique: _shared(network, technique, data, arguments.work))
+    for name, found in shared.items():
         rows.append((name, f"{found['numbers'] / 1e6:.2f}", f"{found['fewer']:.2f}x",
                      f"{found['before']:.2%}", f"{found['after']:.2%}"))
     head = ("MiniLM-L6", "million numbers in blocks", "fewer", "accuracy before", "accuracy after")
@@ -519,8 +603,8 @@ def _accuracy(network: Network, examples: Examples, tensors: Mapping[str, Tensor
 
 INTRODUCTION = ("Neurons, heads, channels and layers taken out whole: what is left is a smaller network of "
                 "the standard kind, so that every runtime is faster by what is no longer there.")
-STAGES: dict[str, Callable[[argparse.Namespace, Ledger], list[str]]] = {
-    "gemma": gemma, "speed": speed, "cnn": cnn, "albert": albert}
+STAGES: dict[str, Callable[[argparse.Namespace, Results], list[str]]] = {
+    "gemma": gemma, "speed": speed, "vocabulary": vocabulary, "cnn": cnn, "albert": albert}
 
 
 def _arguments() -> argparse.Namespace:
@@ -530,8 +614,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gemma", type=Path)
     parser.add_argument("--teacher", type=Path, help="MiniLM fine-tuned on SST-2 (default: it is made here)")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--finished", action="store_true", help="write the page from what is in the ledger")
     arguments = parser.parse_args()
-    if {"gemma", "speed"} & set(arguments.only) and arguments.gemma is None:
+    if {"gemma", "speed", "vocabulary"} & set(arguments.only) and arguments.gemma is None:
         parser.error("--gemma is missing: the folder that permuted_gemma.py writes")
     return arguments
 
