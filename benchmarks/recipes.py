@@ -1,6 +1,6 @@
 """What the recipes of this repository make of a model: bytes, answers, speed, one row each.
 
-    python benchmarks/recipes.py --data DATA --work WORK [--model MODEL] [RECIPE.yaml ...]
+    python benchmarks/recipes.py --data DATA --work WORK [--model MODEL] [--finished] [RECIPE.yaml ...]
 
 Every recipe of ``recipes/`` that trains nothing, or those that are named, is run as it stands but for its
 data: ``DATA/sst2/train.tsv`` to calibrate (and train) on, ``test.tsv`` to be judged by (columns sentence,
@@ -113,15 +113,19 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.yaml")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--finished", action="store_true", help="run nothing: write what there is")
     parser.add_argument("--model", default="", help="in the place of the recipes' own")
     options = parser.parse_args()
     missing = [path for path in options.recipes if not path.is_file()]
     if missing:
         sys.exit(f"{missing[0]}: no such file")
     ledger, source = Ledger(options.work / "recipes.json"), source_sha256(*FLOORS)
-    rows, original = [], 0.0
+    rows, absent, original = [], list[str](), 0.0
     for name, recipe in given(options.recipes, options.model).items():
         key = fingerprint(source, EFFORT, write_recipe(recipe))
+        if ledger.get(key) is None and options.finished:
+            absent.append(name)
+            continue
         if ledger.get(key) is None:
             ledger.put(key, run(recipe, options.data / "sst2", options.work / "recipe"))
         found = ledger.get(key) or {}
@@ -136,6 +140,8 @@ def main() -> None:
         "the error is of the difference. Speed is the original's time over the result's in the target's "
         "runtime, or `unsteady` where single turns lay too far apart. The last column is what the whole job "
         "took, on a machine that others used.")
+    if absent:
+        about += f" Not measured when this page was written: {', '.join(absent)}."
     if options.recipes:
         print(table(head, rows))
     else:
