@@ -54,6 +54,7 @@ Op = Any  # of torch.fx, which has no types for the arguments of its nodes
 ALIASES = frozenset({"clone", "dropout", "alias", "detach", "contiguous"})
 MOVES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "transpose", "permute", "select", "slice",
                    "unsqueeze", "squeeze", "expand"})
+FILLED = {"new_ones": 1, "ones": 1, "new_zeros": 0, "zeros": 0}  # which the exporter fills by floats
 PASSING = ALIASES | MOVES | {"relu", "max_pool2d"}
 LARGEST_BIAS = 2**30
 MULTIPLYING = frozenset({"conv2d", "linear", "scaled_dot_product_attention"})
@@ -170,6 +171,10 @@ class _Compiler:
 
     def _whole(self, op: Op) -> None:
         """Masks, positions, lengths: what is integers anyway."""
+        size = op.meta["val"].shape if isinstance(op.meta["val"], Tensor) else (None,)
+        if _kind(op) in FILLED and all(isinstance(each, int) for each in size):
+            self.constants[op.name] = torch.full(tuple(size), FILLED[_kind(op)], dtype=op.meta["val"].dtype)
+            return
         for source in op.all_input_nodes:
             if _floats(source) and _kind(op) != "sym_size":
                 raise self._refusal(op)

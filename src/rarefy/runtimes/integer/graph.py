@@ -231,8 +231,9 @@ class _Writer:
             self.held[name] = self._coded(given.name, name)
         paths = {spec.arg.name: spec.target
                  for spec in self.program.exported.graph_signature.input_specs}
-        for name in self.network.constants:
-            self.held[name] = self._copied(paths[name], {})
+        for name, values in self.network.constants.items():
+            self.held[name] = (self._copied(paths[name], {}) if name in paths
+                               else self.graph.constant(name, values))
         for step in self.network.steps:
             self.held[step.name] = self._step(step)
         self._answer()
