@@ -43,38 +43,34 @@ def main() -> None:
                "python benchmarks/memory.py --model GEMMA --data DATA --work WORK", page(found))
 
 
-Way = tuple[int, tuple[int, int, int] | None, int]
-# bits; of blocks that look back to the beginning: first tokens, newest, heavy ones; directions of each head
+Way = tuple[int, tuple[int, int, int] | None]
+# bits; of blocks that look back to the beginning: first tokens, newest, heavy ones
 WAYS: dict[str, Way] = {
-    "everything": (32, None, 0), "8 bits": (8, None, 0), "4 bits": (4, None, 0),
-    "128 of 256 directions": (32, None, 128), "windows where blocks have them": (32, (0, LENGTH, 0), 0),
-    "newest 64": (32, (0, 64, 0), 0), "first 4, newest 60": (32, (4, 60, 0), 0),
-    "first 4, newest 28, heavy 32": (32, (4, 28, 32), 0)}
+    "everything": (32, None), "8 bits": (8, None), "4 bits": (4, None),
+    "windows where blocks have them": (32, (0, LENGTH, 0)),
+    "newest 64": (32, (0, 64, 0)), "first 4, newest 60": (32, (4, 60, 0)),
+    "first 4, newest 28, heavy 32": (32, (4, 28, 32))}
 
 
 def opened(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, and windows of the passages and of calibration text."""
+    """The model, and the passages [passages, length]."""
     from rarefy.calibration.text import windows
     from rarefy.models.model import open_model
     from rarefy.runtimes.decoding import Layered
 
     model = open_model(arguments.model)
     text = str(arguments.data / "wikitext2" / "test.raw.txt")
-    own = str(arguments.data / "wikitext2" / "valid.txt")
-    return Layered(model, (0,)), [
-        windows(name, model.tokenizer, length=length, count=count, seed=0)
-        for name, length, count in ((text, LENGTH, PASSAGES), (own, 256, 4))]
+    return Layered(model, (0,)), windows(text, model.tokenizer, length=LENGTH, count=PASSAGES, seed=0)
 
 
 def measure(layered: Any, texts: Any, settings: Way) -> dict[str, float]:
     """Nats a token in the second half, bytes held at the end."""
     from rarefy.runtimes.memory import Keep
 
-    bits, keep, rank = settings
+    bits, keep = settings
     loss = held = 0.0
-    bases = layered.bases(texts[1], rank) if rank else ()
-    for text in texts[0]:
-        memory = layered.memory(bits, None if keep is None else Keep(*keep), bases)
+    for text in texts:
+        memory = layered.memory(bits, None if keep is None else Keep(*keep))
         loss -= float(layered.likelihoods(text[None], memory, skip=LENGTH // 2).mean()) / PASSAGES
         held += memory.bytes / PASSAGES
     return {"loss": loss, "bytes": held}
@@ -98,9 +94,8 @@ def page(found: dict[str, Any]) -> list[str]:
         "second half. Three of its 18 blocks look back to the beginning; those keep as many tokens as the "
         "table says. The other 15 have a window of 512 and keep that, which changes nothing.",
         table(HEADS, rows(found)),
-        "*Directions* are the first eigenvectors of each head's keys and values on validation text. *Heavy* "
-        "tokens are those that got the most attention so far (H2O). What is rounded or of few directions is "
-        "decoded at every step: less memory, not less time."]
+        "*Heavy* tokens are those that got the most attention so far (H2O). What is rounded is decoded at "
+        "every step: less memory, not less time."]
 
 
 if __name__ == "__main__":

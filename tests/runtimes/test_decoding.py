@@ -13,7 +13,7 @@ from rarefy.core.errors import RecipeError
 from rarefy.export.native import network_of
 from rarefy.models.model import Model, open_model
 from rarefy.runtimes.decoding import Layered, frequent
-from rarefy.runtimes.memory import RUN, Keep, Memory, Watched
+from rarefy.runtimes.memory import RUN, Keep, Memory
 from rarefy.techniques.depth.early_exit import EarlyExit
 from rarefy.training.loop import Settings
 
@@ -240,39 +240,3 @@ def test_keeping_is_refused_where_it_cannot_be(model: Model) -> None:
     memory = Memory(1, keep=(Keep(),))
     with pytest.raises(RecipeError, match="speculate without keep"):
         memory.crop(3)
-
-
-# ---- few directions
-
-def test_all_directions_change_nothing_and_few_change_little(model: Model, prompt: Tensor) -> None:
-    layered = Layered(model, (0,))
-    text = layered.greedy(prompt, 40).tokens[None]
-    whole = layered.likelihoods(text, layered.memory())
-    losses, held = [], []
-    for rank in (32, 24, 4):
-        memory = layered.memory(bases=layered.bases(prompt, rank))
-        losses.append(float((layered.likelihoods(text, memory) - whole).abs().mean()))
-        held.append(memory.bytes)
-    assert losses[0] < 1e-4 < losses[1] < losses[2]
-    assert held[1] * 32 == held[0] * 24 and held[2] * 32 == held[0] * 4
-    rounded = layered.memory(8, bases=layered.bases(prompt, 24))
-    layered.likelihoods(text, rounded)
-    assert rounded.bytes < held[1]
-    with pytest.raises(RecipeError, match="from 1 to that"):
-        layered.bases(prompt, 33)
-
-
-def test_directions_are_the_first_eigenvectors() -> None:
-    generator = torch.Generator().manual_seed(0)
-    turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator))
-    values = torch.randn(1, 2, 50, 8, generator=generator) * torch.tensor([9.0, 5, 1, 1, 1, 1, 1, 1]) @ turn.T
-    seen = Watched(1)
-    seen.update(values[:, :, :20], values[:, :, :20], 0)
-    seen.update(values[:, :, 20:], values[:, :, 20:], 0)
-    (basis,) = seen.bases(2)
-    for head in range(2):
-        left, _, _ = torch.linalg.svd(values[0, head].T)
-        torch.testing.assert_close(basis.key[head] @ basis.key[head].T, left[:, :2] @ left[:, :2].T)
-    key, _ = Memory(1, bases=(basis,)).update(values, values, 0)
-    apart = (key - values).square().sum() / values.square().sum()
-    assert 0 < float(apart) < 0.15

@@ -37,7 +37,7 @@ from rarefy.export.native import network_of
 from rarefy.models.attending import attention_parts
 from rarefy.models.families import window_of
 from rarefy.models.model import Model
-from rarefy.runtimes.memory import Bases, Keep, Memory, Watched
+from rarefy.runtimes.memory import Keep, Memory
 from rarefy.techniques.depth.early_exit import EarlyExit
 from rarefy.training.examples import Rows
 from rarefy.training.loop import Batch, Loss, Settings, Task, fit
@@ -172,25 +172,14 @@ class Layered:
         seen = back >= 0 if not window else (back >= 0) & (back < window)
         return torch.zeros(1, 1, *seen.shape).masked_fill_(~seen, -torch.inf)
 
-    def memory(self, bits: int = 32, keep: Keep | None = None, bases: tuple[Bases, ...] = ()) -> Memory:
+    def memory(self, bits: int = 32, keep: Keep | None = None) -> Memory:
         """An empty memory. keep: of blocks that look back to the beginning; others keep their window, which
         changes nothing. None: everything is kept."""
         if keep is None:
-            return Memory(len(self.blocks), bits, bases=bases)
+            return Memory(len(self.blocks), bits)
         windows = [window_of(self.model.config, block) for block in range(len(self.blocks))]
         return Memory(len(self.blocks), bits,
-                      tuple(keep if window is None else Keep(0, window) for window in windows), bases)
-
-    @torch.no_grad()
-    def bases(self, windows: Int64[Tensor, "windows length"], rank: int) -> tuple[Bases, ...]:
-        """The directions in which each block's heads have most of their keys and values on some text."""
-        seen = Watched(len(self.blocks))
-        for window in windows:
-            hidden = self.stem(window[None], 0)
-            for index in range(len(self.cuts) - 1):
-                hidden = self.part(index, hidden, 0, seen)
-            seen.crop(0)
-        return seen.bases(rank)
+                      tuple(keep if window is None else Keep(0, window) for window in windows))
 
     @torch.no_grad()
     def likelihoods(self, text: Int64[Tensor, "1 length"], memory: Memory, chunk: int = 64, skip: int = 0

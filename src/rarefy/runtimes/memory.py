@@ -1,18 +1,13 @@
-"""The keys and values that attention remembers: all, rounded, of low rank, or those that matter.
+"""The keys and values that attention remembers: all, rounded, or those that matter.
 
     memory = Memory(blocks)                             float
     memory = Memory(blocks, bits=8)                     or 4: what is older than a run of tokens is rounded
-    memory = Memory(blocks, bases=bases)                coordinates in a few directions of each head
     memory = Memory(blocks, keep=(Keep(4, 252, 256),) * blocks)     no more than so many tokens of a block
 
 Rounded as their statistics ask for: keys per channel over a run of ``run`` tokens, because a few channels of
 keys are large everywhere, values per token. The newest tokens, up to a run of them, stay as they are. With
 m the smallest and M the largest of a group, x becomes m + (M - m) / (2^bits - 1) * code, codes of 4 bits two
 to a byte. What is asked for is decoded at every step: less memory, not less time.
-
-Keys and values of a head use few directions. With the first r eigenvectors B [width, r] of what a head's keys
-were on calibration text, the latent B^T k is kept for k and B B^T k is what is asked for; so for values.
-Latents round like anything else.
 
 A block that may keep only so many tokens keeps the first ones, on which every softmax leans, the newest, and
 of the others those that got the most attention so far,
@@ -24,9 +19,8 @@ Keys stay turned for the positions at which they were seen. What is forgotten is
 Every block has a length of its own, and the end of it can be taken back (``crop``): tokens that left early
 or were only guessed need both.
 
-Paper: Liu et al. 2024, "KIVI", section 3.2 (rounding); Singhania et al. 2024, "Loki: Low-rank Keys for
-Efficient Sparse Attention", section 3 (directions); Xiao et al. 2024, "Efficient Streaming Language Models
-with Attention Sinks", section 3.2 (first and newest); Zhang et al. 2023, "H2O: Heavy-Hitter Oracle",
+Paper: Liu et al. 2024, "KIVI", section 3.2 (rounding); Xiao et al. 2024, "Efficient Streaming Language
+Models with Attention Sinks", section 3.2 (first and newest); Zhang et al. 2023, "H2O: Heavy-Hitter Oracle",
 section 4.
 """
 
@@ -95,21 +89,12 @@ class _Rounded:
         return sum(each.numel() * each.element_size() for each in (self.codes, self.low, self.step))
 
 
-@dataclass(frozen=True, eq=False)
-class Bases:
-    """Directions that keys and values of one block are kept in, [heads, width, rank] each, orthonormal."""
-
-    key: Tensor
-    value: Tensor
-
-
 @dataclass(eq=False)
 class _Side:
     """Keys, or values, of one block: rounded runs, then the newest tokens as they are."""
 
     bits: int
     axis: int
-    basis: Tensor | None = None
     runs: list[_Rounded] = field(default_factory=list)
     newest: Tensor | None = None
 
@@ -119,15 +104,13 @@ class _Side:
 
     def add(self, values: Tensor) -> Tensor:
         """Remember some more, and give all of it."""
-        if self.basis is not None:
-            values = values @ self.basis
         self.newest = values if self.newest is None else torch.cat([self.newest, values], 2)
         whole = self.newest if not self.runs else torch.cat(
             [*(run.dense() for run in self.runs), self.newest], 2)
         while self.bits < 32 and self.newest.shape[2] > RUN:
             self.runs.append(_Rounded.of(self.newest[:, :, :RUN], self.bits, self.axis))
             self.newest = self.newest[:, :, RUN:]
-        return whole if self.basis is None else whole @ self.basis.transpose(-1, -2)
+        return whole
 
     def crop(self, length: int) -> None:
         while self.runs and RUN * len(self.runs) > length:  # a run that is cut is no run any more
@@ -151,11 +134,9 @@ class Memory:
     """Keys and values of all blocks, as transformers' attention asks for them.
 
     bits: 32 (float), 8 or 4. keep: what each block keeps (empty: everything); only of numbers as they are.
-    bases: of each block (empty: keys and values as they are).
     """
 
-    def __init__(self, blocks: int, bits: int = 32, keep: tuple[Keep, ...] = (),
-                 bases: tuple[Bases, ...] = ()) -> None:
+    def __init__(self, blocks: int, bits: int = 32, keep: tuple[Keep, ...] = ()) -> None:
         if bits not in (4, 8, 32):
             raise RecipeError(f"bits {bits}: keys and values are kept in 32, 8 or 4")
         if keep and (bits != 32 or len(keep) != blocks):
@@ -163,17 +144,14 @@ class Memory:
                               "runs that were rounded together cannot lose tokens; use 32")
         self.keep = keep
         self._sides = [(_Side(bits, 2), _Side(bits, 3)) for _ in range(blocks)]
-        for (keys, values), basis in zip(self._sides, bases, strict=False):
-            keys.basis, values.basis = basis.key, basis.value
         self._places = [torch.empty(0, dtype=torch.int64) for _ in range(blocks)]
         self._scores = [torch.empty(0) for _ in range(blocks)]
 
     def update(self, key: Tensor, value: Tensor, block: int, *rest: Any) -> tuple[Tensor, Tensor]:
         """What a block has seen so far with what it sees now."""
         keys, values = self._sides[block]
-        width = key.shape[-1] if keys.basis is None else keys.basis.shape[-1]
-        if width % 2 and keys.bits == 4:
-            raise RecipeError(f"heads of {width} channels: two codes of 4 bits go into a byte; use 8")
+        if key.shape[-1] % 2 and keys.bits == 4:
+            raise RecipeError(f"heads of {key.shape[-1]} channels: two codes of 4 bits go into a byte; use 8")
         return keys.add(key), values.add(value)
 
     def length(self, block: int) -> int:
@@ -221,26 +199,3 @@ class Memory:
     def bytes(self) -> int:
         """What is held now."""
         return sum(side.bytes for pair in self._sides for side in pair)
-
-
-class Watched(Memory):
-    """Remembers everything, and sums what keys and values of each head were: k k^T and v v^T."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__(blocks)
-        self.sums: list[list[Tensor]] = [[] for _ in range(blocks)]
-
-    def update(self, key: Tensor, value: Tensor, block: int, *rest: Any) -> tuple[Tensor, Tensor]:
-        """As of any memory."""
-        found = [(each.transpose(-1, -2) @ each).sum(0).double() for each in (key, value)]
-        held = self.sums[block]
-        self.sums[block] = [a + b for a, b in zip(held, found, strict=True)] if held else found
-        return super().update(key, value, block, *rest)
-
-    def bases(self, rank: int) -> tuple[Bases, ...]:
-        """The ``rank`` directions of each head that hold most of what was seen."""
-        for key, value in self.sums:
-            if not 0 < rank <= min(key.shape[-1], value.shape[-1]):
-                raise RecipeError(f"rank {rank}: heads have {key.shape[-1]} channels; choose from 1 to that")
-        return tuple(Bases(*(torch.linalg.eigh(each)[1].flip(-1)[..., :rank].float().contiguous()
-                             for each in pair)) for pair in self.sums)
