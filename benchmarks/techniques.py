@@ -316,7 +316,8 @@ def as_short(case: Case, site: Site, tree: Node) -> Node:
 
 def stored(trees: Mapping[str, Node], folder: Path) -> int:
     """Bytes of the file that holds these weights, its header included."""
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in (folder, folder.with_name(folder.name + ".part")):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     save_native(folder, trees, {}, {})
     size = (folder / WEIGHTS).stat().st_size
     shutil.rmtree(folder)
