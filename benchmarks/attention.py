@@ -44,10 +44,11 @@ def main() -> None:
     ledger, found = Ledger(arguments.work / "attention.json"), {}
     for name in STAGES:
         key = fingerprint(name, source_sha256(*FLOORS), STEPS)
-        if ledger.get(key) is None:
+        if ledger.get(key) is None and name in (arguments.only or STAGES):
             print(name, flush=True)
             ledger.put(key, _fresh(name))
-        found[name] = ledger.get(key)
+        if ledger.get(key) is not None:
+            found[name] = ledger.get(key)
     write_page(PAGE, "Attention that looks at less",
                "python benchmarks/attention.py --model GEMMA --data DATA --work WORK", page(found))
 
@@ -210,34 +211,47 @@ STAGES: dict[str, Callable[[argparse.Namespace], Any]] = {
 # ---- the page
 
 def page(found: dict[str, Any]) -> list[str]:
-    """Tables and what they mean."""
-    parts = ["## One call of attention\n\nMilliseconds of the processor, float32, one thread. *Growth* is "
-             "the exponent from 4,096 to 8,192 tokens: 1 is linear, 2 is a square."]
-    for kind, ways in found["curve"].items():
-        parts.append(kind + "\n\n" + table(
-            ("", *(f"{length:,}" for length in LENGTHS), "growth"),
-            [[name, *(f"{took[str(length)]:.1f}" for length in LENGTHS),
-              f"{math.log2(took['8192'] / took['4096']):.2f}"] for name, took in ways.items()]))
-    took = found["prefill"]
-    parts.append("## Gemma-3-270M, all blocks\n\nSeconds of wall clock, one thread, on a machine that did "
-                 "other things as well. Three of its 18 blocks look at everything and become windows; the "
-                 "other 15 have a window of 512 already, which transformers' kernel masks and ours skips.\n\n"
-                 + table(("", *(f"{length:,} tokens" for length in PREFILL)),
-                         [[name, *(f"{one[str(length)]:.1f}" for length in PREFILL)]
-                          for name, one in took.items()]))
-    parts.append("## What becomes of the answers\n\nGemma-3-270M without any training, WikiText-2 test text, "
-                 "positions 512 to 1,023.\n\n" + table(
-                     ("", "keys a query", "KL, nats", "same token", "perplexity", "original's"),
-                     [[name, f"{one['keys']:.0f}", f"{one['kl']:.4f}", f"{one['top1']:.1%}",
-                       f"{one['perplexity']:.2f}", f"{one['original']:.2f}"]
-                      for name, one in found["language"].items()]))
-    parts.append(f"MiniLM-L6, vectors of SST-2's test sentences, 1 - cosine; distilled for {STEPS} steps of "
-                 "32 training sentences where it says so.\n\n" + table(
-                     ("", "converted", "distilled", "seconds"),
-                     [[name, f"{one['before']:.4f}", f"{one['after']:.4f}" if "after" in one else "",
-                       f"{one['seconds']:.0f}" if "after" in one else ""]
-                      for name, one in found["encoder"].items()]))
-    return parts
+    """A section for everything that was measured."""
+    missing = [name for name in STAGES if name not in found]
+    parts = [SECTIONS[name](one) for name, one in found.items()]
+    return parts + ([f"Not measured yet: {', '.join(missing)}."] if missing else [])
+
+
+def _curve(found: dict[str, Any]) -> str:
+    tables = [kind + "\n\n" + table(
+        ("", *(f"{length:,}" for length in LENGTHS), "growth"),
+        [[name, *(f"{took[str(length)]:.1f}" for length in LENGTHS),
+          f"{math.log2(took['8192'] / took['1024']) / 3:.2f}"] for name, took in ways.items()])
+        for kind, ways in found.items()]
+    return "\n\n".join(["## One call of attention\n\nMilliseconds of the processor, float32, one thread. "
+                        "*Growth* is the exponent from 1,024 to 8,192 tokens: 1 is linear, 2 is a square.", *tables])
+
+
+def _prefill(found: dict[str, Any]) -> str:
+    rows = [[name, *(f"{one[str(length)]:.1f}" for length in PREFILL)] for name, one in found.items()]
+    return ("## Gemma-3-270M, all blocks\n\nSeconds of wall clock, one thread, on a machine that did other "
+            "things as well. Three of its 18 blocks look at everything and become windows; the other 15 have a "
+            "window of 512 already, which transformers' kernel masks and ours skips.\n\n"
+            + table(("", *(f"{length:,} tokens" for length in PREFILL)), rows))
+
+
+def _language(found: dict[str, Any]) -> str:
+    rows = [[name, f"{one['keys']:.0f}", f"{one['kl']:.4f}", f"{one['top1']:.1%}", f"{one['perplexity']:.2f}",
+             f"{one['original']:.2f}"] for name, one in found.items()]
+    return ("## Gemma's answers\n\nWithout any training, WikiText-2 test text, positions 512 to 1,023.\n\n"
+            + table(("", "keys a query", "KL, nats", "same token", "perplexity", "original's"), rows))
+
+
+def _encoder(found: dict[str, Any]) -> str:
+    rows = [[name, f"{one['before']:.4f}", f"{one['after']:.4f}" if "after" in one else "",
+             f"{one['seconds']:.0f}" if "after" in one else ""] for name, one in found.items()]
+    said = ("## MiniLM's answers\n\nVectors of SST-2's test sentences, 1 - cosine; distilled for "
+            f"{STEPS} steps of 32 training sentences where it says so.\n\n")
+    return said + table(("", "converted", "distilled", "seconds"), rows)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "curve": _curve, "prefill": _prefill, "language": _language, "encoder": _encoder}
 
 
 def _arguments() -> argparse.Namespace:
@@ -245,6 +259,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=list(STAGES), help="what to measure now")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     return parser.parse_args()
 
