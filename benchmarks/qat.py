@@ -69,7 +69,7 @@ def main() -> None:
         results.append(ledger.get(key))
     found = {name: statistics.median(each[name] for each in results) for name in results[0]}
     write_page(PAGE, "Few bits, after training and during it", "python benchmarks/qat.py",
-               [data_said(digits), said(given.seeds), rows(found), verdict(found)])
+               [data_said(digits), said(given.seeds), rows(found), verdict(found, len(digits.test))])
 
 
 def run(digits: Digits, seed: int) -> dict[str, float]:
@@ -139,7 +139,8 @@ def error(network: Network, tensors: Mapping[str, Tensor], digits: Digits, seen:
 
 def said(seeds: int) -> str:
     """What was done, in words."""
-    return (f"Test error of a LeNet-5, medians of {seeds} seeds; one scale for every filter or neuron, one "
+    many = "one seed" if seeds == 1 else f"medians of {seeds} seeds"
+    return (f"Test error of a LeNet-5, {many}; one scale for every filter or neuron, one "
             "range for all inputs of a layer. Training goes on for three epochs from the float network.")
 
 
@@ -150,17 +151,22 @@ def rows(found: Mapping[str, float]) -> str:
     return table(head, [("float32", *[f"{found['float']:.2%}"] * len(METHODS)), *lines])
 
 
-def verdict(found: Mapping[str, float]) -> str:
-    """What the papers claim, and whether it came out."""
+def verdict(found: Mapping[str, float], images: int) -> str:
+    """What the papers claim, and whether it came out; what chance may do is called a tie."""
     lines = []
     for bits in BITS:
         best = min(found[f"{method} {bits}"] for method in ("rtn", "gptq"))
         one, other = found[f"qat {bits}"], found[f"lsq {bits}"]
-        lines.append(f"- {bits} bits: training {'beats' if min(one, other) < best else 'does not beat'} "
-                     f"rounding after it ({min(one, other):.2%} against {best:.2%}); learned steps "
-                     f"{'match' if other <= one else 'do not match'} straight-through ({other:.2%} against "
-                     f"{one:.2%})")
+        lines.append(f"- {bits} bits: training {compared(min(one, other), best, images)} rounding after it "
+                     f"({min(one, other):.2%} against {best:.2%}); lsq {compared(other, one, images)} "
+                     f"straight-through ({other:.2%} against {one:.2%})")
     return "\n".join(lines)
+
+
+def compared(error: float, other: float, images: int) -> str:
+    """Which error is smaller, by more than one standard error of it."""
+    chance = (other * (1 - other) / images) ** 0.5
+    return "ties with" if abs(error - other) <= chance else "beats" if error < other else "loses to"
 
 
 if __name__ == "__main__":
