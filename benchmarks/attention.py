@@ -223,15 +223,16 @@ def _curve(found: dict[str, Any]) -> str:
         [[name, *(f"{took[str(length)]:.1f}" for length in LENGTHS),
           f"{math.log2(took['8192'] / took['1024']) / 3:.2f}"] for name, took in ways.items()])
         for kind, ways in found.items()]
-    return "\n\n".join(["## One call of attention\n\nMilliseconds of the processor, float32, one thread. "
-                        "*Growth* is the exponent from 1,024 to 8,192 tokens: 1 is linear, 2 is a square.", *tables])
+    said = ("## One call of attention\n\nMilliseconds of the processor, float32, one thread. *Growth* is the "
+            "exponent from 1,024 to 8,192 tokens: 1 is linear, 2 is a square.")
+    return "\n\n".join([said, *tables])
 
 
 def _prefill(found: dict[str, Any]) -> str:
     rows = [[name, *(f"{one[str(length)]:.1f}" for length in PREFILL)] for name, one in found.items()]
     return ("## Gemma-3-270M, all blocks\n\nSeconds of wall clock, one thread, on a machine that did other "
-            "things as well. Three of its 18 blocks look at everything and become windows; the other 15 have a "
-            "window of 512 already, which transformers' kernel masks and ours skips.\n\n"
+            "things as well. Three of its 18 blocks look at everything and become windows; the other 15 have "
+            "a window of 512 already, which transformers' kernel masks and ours skips.\n\n"
             + table(("", *(f"{length:,} tokens" for length in PREFILL)), rows))
 
 
