@@ -39,7 +39,7 @@ from rarefy.numerics.rounding import encode, fit
 from rarefy.runtimes.bench import bytes_of, compare, compare_writers, engine_of
 from rarefy.runtimes.session import Session
 
-MODEL, LENGTH, JUDGED, SHOWN = "all-minilm-l6-v2", 64, 512, 300
+MODEL, LENGTH, JUDGED, SHOWN = "all-minilm-l6-v2", 64, 256, 300
 SIZES = ("25.5MB", "12.7MB")  # of the whole folder, tokenizer (0.7 MB) included
 ENGINES = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "runtimes.md"
