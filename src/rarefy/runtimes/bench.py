@@ -146,8 +146,8 @@ def bytes_of(path: Path) -> int:
     """Bytes of a file and of the numbers that lie beside it, or of a folder."""
     if path.is_dir():
         return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-    beside = (path.with_suffix(".bin"), path.with_name(path.name + ".data"))
-    return sum(each.stat().st_size for each in (path, *(each for each in beside if each.exists())))
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(path.name + ".data")
+    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
 
 
 def _visits(sessions: Sequence[Session], batch: int, length: int, visits: int, calls: int, *, own: bool
