@@ -120,7 +120,7 @@ def tuned(name: str, given: argparse.Namespace) -> dict[str, Any]:
     if name == "QLoRA":
         for path in paths:
             weight = model.weight(path)
-            trees[path], _ = edit(path, Dense(weight), weight, RTN(nf4_grid(64, over=4)), "rtn", None,
+            trees[path], _ = edit(path, Dense(weight), weight, RTN(nf4_grid(64, over=2)), "rtn", None,
                                   torch.Generator())
     tuning = Tuning() if name == "full" else Tuning(frozenset(), LoRA(8), where=paths)
     settings = _settings(given.steps, 1e-5 if name == "full" else 3e-4)
