@@ -219,7 +219,9 @@ def writing(args: argparse.Namespace) -> list[str]:
             "times as fast"]
     return ["## A language model\n\nGemma-3-270M, every weight in 4 bits with a scale for 32, rounded to "
             "nearest; 128 tokens read, 24 written one by one, two threads. Memory is the peak of a fresh "
-            "process.",
+            "process. The first row is PyTorch against itself: how far that is from 1 is how busy the "
+            "machine was, and ratios are worth no more than that; PyTorch's threads wait for one another and "
+            "lose most.",
             table(head, lines)]
 
 
