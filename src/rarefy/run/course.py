@@ -79,12 +79,16 @@ class Course:
         for number, (kind, steps) in enumerate(found, first):
             match kind:
                 case "whole":
-                    state = self._reshaped(state, steps)
+                    state = self._reshaped(state, (*steps, *self._weighed(number)))
                 case "training":
                     state = self._trained(state, steps[0], number)
                 case "leaves":
                     state = self.leaves(state, steps, number)
         return state
+
+    def _weighed(self, number: int) -> tuple[Step, ...]:
+        """The next steps that rewrite weights: factors of channels are chosen for what follows (AWQ)."""
+        return next((steps for kind, steps in runs(self.recipe.steps)[number + 1:] if kind == "leaves"), ())
 
     def _reshaped(self, state: State, steps: tuple[Step, ...]) -> State:
         with self.progress.stage("reshape") as stage:

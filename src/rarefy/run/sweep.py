@@ -52,27 +52,27 @@ def sweep(model: Model, work: Mapping[str, Work], tokens: Tensor, outside: Mappi
     fishers: of every site, from the survey, for techniques that need them.
     """
     fishers = fishers or {}
+    finished: set[str] = set()  # others see a group when all of it is done: a crash may leave half of one
 
     def current(path: str) -> Node | None:
-        return store[path][0] if path in store else None
+        return store[path][0] if path in finished else None
 
     runner = Runner(model, current)
     for site in model.map.sites:
-        if site.block is None and site.path in work and site.path not in store:
-            store[site.path] = rewrite(model, site, work[site.path], outside.get(site.path), seed)
+        if site.block is None and site.path in work:
+            if site.path not in store:
+                store[site.path] = rewrite(model, site, work[site.path], outside.get(site.path), seed)
+            finished.add(site.path)
     advance(1, runner.blocks + 1)
     stream = Stream(runner, tokens)
     for index in range(runner.blocks):
         sites = [s for s in model.map.in_block(index) if s.path in work]
         for group in groups(sites, sequential):
             missing = [s for s in group if s.path not in store]
-            if not missing:
-                continue
-            evidence = stream.inputs(index, {s.path for s in missing})
-            done = {s.path: rewrite(model, s, work[s.path], evidence[s.path], seed, fishers.get(s.path))
-                    for s in missing}
-            for path, result in done.items():
-                store[path] = result
+            evidence = stream.inputs(index, {s.path for s in missing}) if missing else {}
+            for s in missing:
+                store[s.path] = rewrite(model, s, work[s.path], evidence[s.path], seed, fishers.get(s.path))
+            finished |= {s.path for s in group}
         if index + 1 < runner.blocks:
             stream.advance(index)
         advance(index + 2, runner.blocks + 1)
