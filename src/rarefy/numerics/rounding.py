@@ -145,8 +145,8 @@ def inverse(scale: Tensor) -> Tensor:
 def fit(weights: Float[Tensor, "rows width"], importance: Tensor, grid: Grid) -> Fit:
     """Scales and zeros of least weighted loss. ``importance``: [width] or [rows, width], >= 0."""
     importance, step = importance.expand(weights.shape), max(1, SLAB // weights.shape[1])
-    slabs = zip(weights.split(step), importance.split(step), strict=True)
-    return join([_fit(w, h, grid) for w, h in slabs], axis=0)
+    slabs = [slice(start, start + step) for start in range(0, max(1, weights.shape[0]), step)]
+    return join([_fit(weights[slab], importance[slab], grid) for slab in slabs], axis=0)
 
 
 def _fit(weights: Tensor, importance: Tensor, grid: Grid) -> Fit:

@@ -171,9 +171,10 @@ class _Compiler:
 
     def _whole(self, op: Op) -> None:
         """Masks, positions, lengths: what is integers anyway."""
-        size = op.meta["val"].shape if isinstance(op.meta["val"], Tensor) else (None,)
-        if _kind(op) in FILLED and all(isinstance(each, int) for each in size):
-            self.constants[op.name] = torch.full(tuple(size), FILLED[_kind(op)], dtype=op.meta["val"].dtype)
+        value = op.meta["val"]
+        if (isinstance(value, Tensor) and _kind(op) in FILLED
+                and all(isinstance(each, int) for each in value.shape)):
+            self.constants[op.name] = torch.full(value.shape, FILLED[_kind(op)], dtype=value.dtype)
             return
         for source in op.all_input_nodes:
             if _floats(source) and _kind(op) != "sym_size":
