@@ -65,7 +65,7 @@ def test_equals_literal_tt_svd(rank: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from([8, 12, 30, 64, 100]), st.sampled_from([8, 16, 27, 60]), st.integers(1, 6),
+@given(st.sampled_from([8, 12, 30, 64, 100]), st.sampled_from([8, 16, 27, 60]), st.integers(1, 4),
        st.integers(2, 3), st.integers(0, 2**31))
 def test_rows_are_looked_up_as_they_are_in_the_matrix(out: int, columns: int, rank: int, cores: int,
                                                       seed: int) -> None:
