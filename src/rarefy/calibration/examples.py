@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,23 @@ def _encoded(network: Network, rows: list[Sentence], labels: Tensor | None) -> E
         raise DataError(f"{network.name}: its tokenizer has no padding token; name one in "
                         "tokenizer_config.json")
     texts = [list(column) for column in zip(*rows, strict=True)]
-    batch = tokenizer(*texts, padding=True, truncation=True, max_length=network.form.length or None,
-                      return_tensors="pt", verbose=False)
+    with _unmoved(tokenizer):
+        batch = tokenizer(*texts, padding=True, truncation=True, max_length=network.form.length or None,
+                          return_tensors="pt", verbose=False)
     return Examples(dict(batch.items()), labels)
+
+
+@contextmanager
+def _unmoved(tokenizer: Any) -> Iterator[None]:
+    """A tokenizer remembers how it last padded and cut, and would save that: it gets back what it knew."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    padding, truncation = (None, None) if backend is None else (backend.padding, backend.truncation)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)
+            backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
 
 
 def _numbers(words: Labels, form: Form, name: str) -> Tensor | None:
