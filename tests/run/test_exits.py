@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModel, AutoTokenizer
 
 import rarefy
 from rarefy.calibration.examples import read_examples
@@ -107,8 +108,11 @@ def test_other_targets_and_models(tiny_encoder: Path, tiny_llama: Path, tmp_path
         do_recipe(Recipe(str(tiny_encoder), (), target="onnxruntime", exits=Exiting((0,))), tmp_path / "a")
     with pytest.raises(RecipeError, match="for classifiers"):
         do_recipe(Recipe(str(tiny_llama), (), target="torch", exits=Exiting((0,))), tmp_path / "b")
+    headless = tmp_path / "headless"
+    AutoModel.from_pretrained(tiny_encoder).save_pretrained(headless)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(headless)
     with pytest.raises(ModelError, match="gives no classes"):
-        do_recipe(Recipe("all-minilm-l6-v2", (), target="torch", exits=Exiting((0,))), tmp_path / "c")
+        do_recipe(Recipe(str(headless), (), target="torch", exits=Exiting((0,))), tmp_path / "c")
 
 
 def test_shares() -> None:
