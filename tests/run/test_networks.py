@@ -27,7 +27,7 @@ from rarefy.report.summary import summary
 from rarefy.run.job import Job, compress, evaluate, plan, run_recipe
 from rarefy.run.progress import Silent
 from rarefy.run.samples import _stages, joined
-from rarefy.run.to_torch import outline
+from rarefy.run.trees import outline
 from rarefy.runtimes.torch import LOOKED_UP
 from tiny_networks import Digits, TinyCNN
 

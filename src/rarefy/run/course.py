@@ -123,7 +123,8 @@ def computing(opened: Model | Network, tuned: Tuned) -> Subject:
     module = materialize(opened, torch.float32) if isinstance(opened, Model) else copy.deepcopy(opened.module)
     sites = opened.map.by_path
     state: dict[str, Tensor] = {path: sites[path].stored(tree.dense()) for path, tree in tuned.trees.items()}
-    module.load_state_dict({**state, **tuned.params}, strict=False)
+    strange = module.load_state_dict({**state, **tuned.params}, strict=False).unexpected_keys
+    assert not strange, f"{opened.name}: trained, and not in the network: {', '.join(strange)}"
     module.eval().requires_grad_(False)
     if isinstance(opened, Model):
         return Language(Model.from_module(module, opened.tokenizer, opened.name))

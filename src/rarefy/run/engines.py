@@ -13,7 +13,6 @@ from math import prod
 
 import torch
 
-from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nodes import Dense, Node, Product
 from rarefy.core.nouns import Choice, Option, Step, Target
 from rarefy.core.tensors import Tucker
@@ -22,8 +21,7 @@ from rarefy.export.openvino import OPENVINO, export_openvino
 from rarefy.export.pieces import Use, float_bytes, grid_bytes, piece, weighed
 from rarefy.models.map import Site
 from rarefy.numerics.grids import Grid, integer_grid_named
-from rarefy.run.planning import grid_named
-from rarefy.run.to_torch import FLOATS, TREE, outline
+from rarefy.run.trees import FLOATS, TREE, outline, tree_option
 from rarefy.runtimes.session import require
 
 INSIDE = "model"  # the folder of the graph, with whatever prepares its inputs
@@ -79,12 +77,7 @@ class Engine:
         """What a recipe's steps make of a site; bytes are known when it is done."""
         if not steps:
             return self.untouched(site, uses)
-        for step in steps:
-            if step.format and step.format not in self.target.formats and grid_named(step.format) is None:
-                known = list(self.target.formats)
-                raise RecipeError(f"{site.path}: format {step.format!r} is unknown"
-                                  f"{did_you_mean(step.format, known)}; choose one of {', '.join(known)}")
-        return Option(site.path, TREE, 0, float("nan"), tuple(steps))
+        return tree_option(site, steps, self.target.formats)
 
     def shown(self, site: Site, uses: Uses, option: Option, tree: Node) -> Option:
         """An option as it came out."""

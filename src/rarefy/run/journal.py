@@ -1,7 +1,7 @@
 """The journal: an output in the making, and the way it takes its final name.
 
-    OUT.partial/          while the work runs; what is in it survives a crash, and the same command resumes
-    OUT.partial/work/     the plan, and one folder per finished weight, each whole or absent
+    OUT.partial           a folder while the work runs; it survives a crash, and the same command resumes; its
+                          ``work`` holds the plan, and a folder for every finished weight, whole or absent
     OUT                   the finished result: moved in place in one step, after everything was checked
     OUT.rejected          instead of OUT, when a bound that the user set was missed
 

@@ -1,8 +1,9 @@
 """Where a compressed model goes: what the runtime there can store, the file it loads, the proof in it.
 
-There are three: ``to_llamacpp`` (one GGUF file, run by llama.cpp), ``to_torch`` (a native folder that keeps
-every tree, run by PyTorch with the kernels that there are for it) and ``to_onnx`` (a traced graph with the
-codes in it, run by ONNX Runtime or OpenVINO).
+``to_llamacpp`` writes one GGUF file that llama.cpp runs; ``to_torch`` a native folder that keeps every tree,
+run by PyTorch with the kernels that there are for it; ``to_onnx`` a traced graph with the codes in it, run by
+ONNX Runtime or OpenVINO, and ``to_decoder`` the same for language models with their cache;
+``to_transformers`` a checkpoint that transformers and vLLM read.
 """
 
 from __future__ import annotations

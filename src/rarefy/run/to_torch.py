@@ -7,7 +7,6 @@ says for every weight how it runs.
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from rarefy.core.errors import RecipeError, TargetError, did_you_mean
-from rarefy.core.nodes import Dense, Masked, Node, Quantized, Shared, Sum
+from rarefy.core.errors import TargetError
+from rarefy.core.nodes import Node
 from rarefy.core.nouns import Choice, Option, Step, Target
 from rarefy.export.native import export_native
 from rarefy.export.networks import INSIDE, export_network, opened
@@ -33,17 +32,15 @@ from rarefy.planner.allocate import Plan
 from rarefy.report.verdict import distance
 from rarefy.run.effort import Effort
 from rarefy.run.language import Language
-from rarefy.run.planning import grid_named
 from rarefy.run.progress import Stage
 from rarefy.run.samples import Samples
 from rarefy.run.subject import Subject
 from rarefy.run.target import Beside, Destination, Opened
+from rarefy.run.trees import FLOATS, TREE, outline, tree_option
 from rarefy.runtimes.torch import attach
 
-TREE = "tree"  # any tree, at the bits that it counts
 GRIDS = ("int8", "int6", "int5", "int4", "int3", "int8-g32", "int6-g32", "int5-g32", "int4-g32", "int4-g64",
          "int4-g128", "int3-g32", "int3-g64", "int2-g32", "int2-g16")
-FLOATS = {"float16": torch.float16, "float32": torch.float32}
 TORCH = Target("torch", (TREE, *GRIDS, *FLOATS), "",
                description="A native folder that rarefy.load runs in PyTorch: any technique in any order")
 # what tree.json and the header of the weights say of each weight and param, generously
@@ -89,12 +86,7 @@ class Torch:
         """Bytes are known when it is done."""
         if not steps:
             return self.untouched(opened, site)
-        for step in steps:
-            if step.format and step.format not in (TREE, *FLOATS) and grid_named(step.format) is None:
-                known = list(TORCH.formats)
-                raise RecipeError(f"{site.path}: format {step.format!r} is unknown"
-                                  f"{did_you_mean(step.format, known)}; choose one of {', '.join(known)}")
-        return Option(site.path, TREE, 0, float("nan"), tuple(steps))
+        return tree_option(site, steps, TORCH.formats)
 
     def shown(self, option: Option, tree: Node | None) -> Option:
         if tree is None:
@@ -201,26 +193,3 @@ def _grid_bytes(site: Site, grid: Grid) -> int:
     groups = rows * (columns // (grid.group or columns))
     each = grid.scale.dtype.itemsize + (0 if grid.zero is None else grid.zero.dtype.itemsize)
     return -(-rows * columns * grid.code_bits // 8) + groups * each
-
-
-def outline(tree: Node) -> str:
-    """A tree in a word or two: ``int4-g32``, ``sparse int4-g32``, ``low rank``, ``codebook + low rank``."""
-    match tree:
-        case Dense(values=values):
-            return str(values.dtype).removeprefix("torch.")
-        case Quantized(grid=grid):
-            return re.sub(r"^(int\d+z?)g(\d+)$", r"\1-g\2", grid.name.replace("grow", ""))
-        case Masked(inner=inner):
-            return f"sparse {outline(inner)}"
-        case Sum(terms=terms):
-            return " + ".join(outline(term) for term in terms)
-        case Shared():
-            return "shared"
-        case _:
-            name = NAMES.get(type(tree).__name__, type(tree).__name__.lower())
-            inside = {outline(child) for child in tree.children()} - {"float32"}
-            return name if not inside else f"{name} ({', '.join(sorted(inside))})"
-
-
-NAMES = {"Product": "low rank", "Tucker": "Tucker", "CP": "CP", "TensorTrain": "tensor train",
-         "Clustered": "codebook", "Hashed": "hashed"}

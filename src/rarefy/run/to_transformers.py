@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from rarefy.core.errors import RecipeError, TargetError, did_you_mean
+from rarefy.core.errors import TargetError
 from rarefy.core.nodes import Dense, Node
 from rarefy.core.nouns import Choice, Option, Step
 from rarefy.export.compressed_tensors import TRANSFORMERS, Checkpoint, export_transformers
@@ -36,12 +36,11 @@ from rarefy.planner.allocate import Plan
 from rarefy.report.verdict import distance
 from rarefy.run.effort import Effort
 from rarefy.run.language import Language
-from rarefy.run.planning import grid_named
 from rarefy.run.progress import Stage
 from rarefy.run.samples import Samples
 from rarefy.run.subject import Subject
 from rarefy.run.target import Beside, Destination, Opened
-from rarefy.run.to_torch import TREE, outline
+from rarefy.run.trees import TREE, outline, tree_option
 from rarefy.runtimes.session import require
 from rarefy.runtimes.transformers import LOADER, answer
 
@@ -108,12 +107,7 @@ class Transformers:
         """Bytes are known when it is done."""
         if not steps:
             return self.untouched(opened, site)
-        for step in steps:
-            if step.format and step.format not in self.target.formats and grid_named(step.format) is None:
-                known = list(self.target.formats)
-                raise RecipeError(f"{site.path}: format {step.format!r} is unknown"
-                                  f"{did_you_mean(step.format, known)}; choose one of {', '.join(known)}")
-        return Option(site.path, TREE, 0, float("nan"), tuple(steps))
+        return tree_option(site, steps, self.target.formats)
 
     def shown(self, option: Option, tree: Node | None) -> Option:
         if tree is None or self._made is None:
