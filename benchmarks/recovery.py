@@ -1,6 +1,6 @@
 """A language model trained after compression: what comes back, and what adapters on 4 bits cost.
 
-    python benchmarks/recovery.py --gemma HF_FOLDER --data DATA --work WORK [--steps 150]
+    python benchmarks/recovery.py --gemma HF_FOLDER --data DATA --work WORK [--steps 60]
 
 HF_FOLDER is what ``permuted_gemma.py`` wrote. DATA holds ``wikitext2/valid.txt``, which is trained on, and
 ``test.raw.txt``, which judges and does nothing else.
@@ -27,7 +27,7 @@ from harness import Ledger, fingerprint, run_fresh, source_sha256, table, write_
 
 RECOVERIES = {"2:4": "kept weights and norms", "low rank": "factors and norms", "3 bits": "scales and norms"}
 TUNINGS = ("full", "LoRA", "QLoRA")
-LENGTH, BATCH, MICRO = 128, 8, 2
+LENGTH, BATCH, MICRO = 128, 4, 2
 WINDOWS, HELD, JUDGED = 512, 16, 24  # to train on, to choose the state, to judge
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "recovery.md"
 SOURCES = ("training/loop.py", "training/tune.py", "training/teacher.py", "core/tune.py",
@@ -66,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gemma", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", nargs="*", choices=[*RECOVERIES, *TUNINGS], default=[*RECOVERIES, *TUNINGS])
     parser.add_argument("--row", choices=[*RECOVERIES, *TUNINGS], help=argparse.SUPPRESS)
     return parser.parse_args()
