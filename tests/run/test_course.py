@@ -13,7 +13,8 @@ from rarefy.core.errors import DataError, RecipeError
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
 from rarefy.core.nouns import Recipe, Step
 from rarefy.export.networks import opened, stored_trees
-from rarefy.run.course import lesson_of, tuning_of
+from rarefy.models.opening import open_any
+from rarefy.run.course import lesson_of, recut, tuning_of
 from rarefy.run.job import Job, Result, compress
 from rarefy.run.lessons import Term
 from rarefy.run.recipe import parts, read_recipe, runs, write_recipe
@@ -62,6 +63,34 @@ def test_masks_that_grew_stay_under_codes(tiny_encoder: Path, tmp_path: Path) ->
     for tree in masked.values():
         assert float(tree.keep.float().mean()) == pytest.approx(0.5, abs=0.02)
         assert not bool(tree.dense()[~tree.keep].any())
+
+
+def test_neurons_that_training_pruned_are_taken_out(tiny_encoder: Path, tmp_path: Path) -> None:
+    result = done(tiny_encoder, tmp_path / "out",
+                  Step("movement", ("role:down", "role:o"), {"sparsity": 0.5, "pattern": "column"},
+                       training=FEW),
+                  Step("units", settings={"criterion": "dead", "multiple": 1}),
+                  Step("rtn", ("role:down",), format="int8"))
+    network = opened(result.exported)
+    whole = open_any(tiny_encoder)
+    assert network.config.intermediate_size == whole.config.intermediate_size // 2
+    found = stored_trees(network)
+    down = [tree for path, tree in found.items() if network.map.by_path[path].role == "down"]
+    assert len(down) == network.map.blocks and all(isinstance(tree, Quantized) for tree in down)
+    assert all(isinstance(found[site.path], Masked) for site in network.map.sites if site.role == "o")
+    notes = [each["note"] for each in result.receipt["axes"] if each["technique"] == "units"]
+    assert len(notes) == network.map.blocks and all("neurons left out" in note for note in notes)
+
+
+def test_only_masks_are_cut_behind_other_steps(tiny_encoder: Path) -> None:
+    network = open_any(tiny_encoder)
+    site = next(site for site in network.map.sites if site.role == "down")
+    weight, wider = network.weight(site.path), torch.ones(site.shape[0], site.shape[1] + 3)
+    assert recut(network, {site.path: Masked(wider > 0, Dense(wider))}) == {}  # nothing is masked in it now
+    same = Masked(weight > 0, Dense(weight))
+    assert recut(network, {site.path: same}) == {site.path: same}
+    with pytest.raises(RecipeError, match="take them out first"):
+        recut(network, {site.path: Product(Dense(torch.ones(site.shape[0], 1)), Dense(wider[:1]))})
 
 
 def test_training_behind_the_last_leaves(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -147,6 +176,8 @@ def test_runs_and_parts() -> None:
     for wrong in ((Step("rtn"), Step("drop")), (Step("gradual"), Step("units"))):
         with pytest.raises(RecipeError, match="move it up"):
             runs(wrong)
+    dead = Step("units", settings={"criterion": "dead"})
+    assert [kind for kind, _ in runs((Step("gradual"), dead, Step("rtn")))] == ["training", "whole", "leaves"]
 
 
 def test_yaml_and_back(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_what_is_left_is_exported(model: Model, tokens: torch.Tensor, tmp_path: 
     ({"criterion": "wnda"}, "did you mean 'wanda'"),
     ({"ratio": 1.0}, "below 1"), ({"ratio": 0.0}, "above 0"), ({"multiple": 0}, "1 or more"),
     ({"spread": "even"}, "choose uniform or global"), ({"floor": 1.0}, "below 1"),
-    ({"spread": "global", "criterion": "wanda"}, "only costs in nats")])
+    ({"spread": "global", "criterion": "wanda"}, "only these costs")])
 def test_settings_that_mean_nothing(settings: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Units(**settings)
@@ -293,6 +293,27 @@ def test_costs_in_nats_compare_across_blocks() -> None:
     assert technique.counts((cheap, dear)) == (4, 8)
     assert replace(technique, floor=0.75).counts((cheap, dear)) == (6, 6)
     assert replace(technique, multiple=3).counts((cheap, dear)) == (6, 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_nobody_reads_goes_without_a_trace(family: str, tiny_random: object) -> None:
+    """As many stay in every block as the block with the most of them needs; global: as many as each needs."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(tiny_random(family))  # type: ignore[operator]
+    alive = Model.from_module(network, None)
+    for block in range(alive.map.blocks):
+        reader = GROUPS["neurons"](alive, block).reader
+        network.get_parameter(reader.path).data[:, 3:9 + 2 * block] = 0
+    count = GROUPS["neurons"](alive, 0).count
+    done = thinned(alive, Units(criterion="dead", multiple=1), None)
+    assert done.model.config.intermediate_size == count - 6
+    tokens = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(logits(done.model, tokens), logits(alive, tokens), rtol=1e-4, atol=1e-5)
+    if family == "llama":
+        uneven = thinned(alive, Units(criterion="dead", multiple=1, spread="global"), None).model
+        assert uneven.config.block_neurons == [count - 6 - 2 * block for block in range(alive.map.blocks)]
+        torch.testing.assert_close(logits(uneven, tokens), logits(alive, tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_where_widths_must_be_equal(tiny_gemma3: Path, model: Model, tokens: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rarefy.calibration.samples import materialize
 from rarefy.core.errors import RecipeError, did_you_mean
-from rarefy.core.nodes import Dense, Node
+from rarefy.core.nodes import Dense, Masked, Node
 from rarefy.core.nouns import Receipt, Recipe, Step
 from rarefy.models.model import Model
 from rarefy.models.network import Network
@@ -94,7 +94,8 @@ class Course:
         with self.progress.stage("reshape") as stage:
             view, receipts = state.view.reshaped(replace(self.recipe, steps=steps), self.effort, self.data,
                                                  stage.advance)
-        return replace(state, view=view, receipts=state.receipts + receipts)
+        return replace(state, view=view, trees=recut(view.opened, state.trees),
+                       receipts=state.receipts + receipts)
 
     def _trained(self, state: State, step: Step, number: int) -> State:
         """``state`` after one training."""
@@ -116,6 +117,22 @@ class Course:
                  **tuned.curve.as_dict()}
         return State(computing(opened, tuned), {**state.trees, **trees}, state.receipts + receipts,
                      (*state.curves, curve))
+
+
+def recut(opened: Model | Network, trees: Mapping[str, Node]) -> dict[str, Node]:
+    """Masks over what is left of their weights, in a network that lost parts of them; RecipeError for other
+    trees that no longer fit, whose codes or factors cannot be cut."""
+    found: dict[str, Node] = {}
+    for path, tree in trees.items():
+        values = opened.weight(path)
+        if values.shape == tree.shape:
+            found[path] = tree
+        elif not isinstance(tree, Masked):
+            raise RecipeError(f"{path}: is no longer plain numbers, and parts of it are to be taken out; "
+                              "take them out first")
+        elif not bool(values.all()):
+            found[path] = Masked(values != 0, Dense(values))
+    return found
 
 
 def computing(opened: Model | Network, tuned: Tuned) -> Subject:

@@ -36,10 +36,10 @@ from rarefy.models.narrowed import (
     without_neurons,
 )
 from rarefy.models.network import Network
-from rarefy.models.shrunk import Units, written
+from rarefy.models.shrunk import Units
 from rarefy.run.planning import build_structure, structures
 from rarefy.run.recipe import split
-from rarefy.run.reshape import Damages
+from rarefy.run.reshape import Damages, group_of
 from rarefy.training.students import shallower
 
 JUDGED = 256  # samples on which the loss of a block is measured
@@ -194,12 +194,12 @@ def thinned(network: Network, technique: Thinning, examples: Examples | None, *,
     units = [neurons(network, block) for block in range(network.map.blocks)]
     evidence = _evidence(network, technique, units, examples, seed)
     costs = _removals(network, technique, units, examples, seed)
+    count = max(technique.count(group_of(network, each)) for each in units)
     kept, refits, receipts = {}, {}, []
     for each in units:
-        started, reader = time.perf_counter(), each.reader
-        group = UnitGroup(reader.path, each.role, each.block, reader.unit, network.weight(reader.path),
-                          written(network, each), evidence.get(reader.path), costs.get(reader.path))
-        kept[each.block] = index = group.dearest(technique.scores(group), technique.count(group))
+        started, path = time.perf_counter(), each.reader.path
+        group = group_of(network, each, evidence.get(path), costs.get(path))
+        kept[each.block] = index = group.dearest(technique.scores(group), count)
         refit = technique.refit(group, index)
         if refit is not None:
             refits[each.block] = refit

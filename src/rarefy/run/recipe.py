@@ -200,12 +200,17 @@ def runs(steps: Sequence[Step]) -> tuple[Run, ...]:
     rewritten = ""
     for kind, each in groupby(steps, _kind):
         run = tuple(each)
-        if kind == "whole" and rewritten:
+        if kind == "whole" and rewritten and not all(map(_empties, run)):
             split((Step(rewritten), *run))
         found += [(kind, (step,)) for step in run] if kind == "training" else [(kind, run)]
         names = [step.technique for step in run if kind != "whole" and step.technique != TUNE]
         rewritten = next(iter(names), rewritten)
     return tuple(found)
+
+
+def _empties(step: Step) -> bool:
+    """Whether a step only takes out what masks have emptied, and so comes behind those that made them."""
+    return step.technique == "units" and step.settings.get("criterion") == "dead"
 
 
 def parts(steps: Sequence[Step]) -> tuple[tuple[Run, ...], tuple[Step, ...], tuple[Run, ...]]:

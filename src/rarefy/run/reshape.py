@@ -35,6 +35,7 @@ from rarefy.core.structure import (
 from rarefy.measure.divergence import Reference
 from rarefy.models.map import Site
 from rarefy.models.model import Model
+from rarefy.models.network import Network
 from rarefy.models.rewritten import Plus, collapsed, rewritten
 from rarefy.models.runner import Runner
 from rarefy.models.shrunk import (
@@ -105,14 +106,16 @@ def thinned(model: Model, technique: Thinning, tokens: Tensor | None, *, name: s
     """The model without the units that cost least, as many in every block."""
     kept: dict[int, Tensor] = {}
     refits: dict[int, Tensor] = {}
-    receipts, counts = [], tuple[int, ...]()
+    receipts = []
     if technique.spread == "global":  # grams are looked at twice, so that one at a time is in memory
         counts = technique.counts(tuple(_scores(group, technique) for group in
                                         _groups(model, technique, tokens, seed, advance)))
+    else:
+        every = [GROUPS[technique.units](model, block) for block in range(model.map.blocks)]
+        counts = (max(technique.count(group_of(model, units)) for units in every),) * len(every)
     for group in _groups(model, technique, tokens, seed, advance):
         started = time.perf_counter()
-        count = counts[group.block] if counts else technique.count(group)
-        index = group.dearest(_scores(group, technique), count)
+        index = group.dearest(_scores(group, technique), counts[group.block])
         refit = technique.refit(group, index)
         if refit is not None:
             refits[group.block] = refit
@@ -134,7 +137,7 @@ def _groups(model: Model, technique: Thinning, tokens: Tensor | None, seed: int,
     units = [GROUPS[technique.units](model, block) for block in range(model.map.blocks)]
     readers = {each.reader.path: each for each in units}
     if not technique.needs:
-        yield from (_group(model, each, None) for each in units)
+        yield from (group_of(model, each) for each in units)
         return
     assert tokens is not None
     # plain sums of inputs refit best; the survey adds what errors cost
@@ -146,10 +149,10 @@ def _groups(model: Model, technique: Thinning, tokens: Tensor | None, seed: int,
     for each in units:
         path = each.reader.path
         if stream is None:
-            yield _group(model, each, None, removal.get(path))
+            yield group_of(model, each, None, removal.get(path))
             continue
         evidence = stream.inputs(each.block, {path})[path]
-        yield _group(model, each, replace(evidence, fisher=fishers.get(path)), removal.get(path))
+        yield group_of(model, each, replace(evidence, fisher=fishers.get(path)), removal.get(path))
         if each.block + 1 < model.map.blocks:
             stream.advance(each.block)
         advance(each.block + 1, model.map.blocks)
@@ -172,10 +175,12 @@ def _priced(model: Model, readers: Mapping[str, Units], tokens: Tensor, seed: in
     return {each.site.path: each.evidence.fisher for each in seen if each.site.path in readers}, removal
 
 
-def _group(model: Model, units: Units, evidence: Evidence | None, removal: Tensor | None = None) -> UnitGroup:
+def group_of(opened: Model | Network, units: Units, evidence: Evidence | None = None,
+             removal: Tensor | None = None) -> UnitGroup:
+    """Units as a technique sees them."""
     reader = units.reader
-    return UnitGroup(reader.path, units.role, units.block, reader.unit, model.weight(reader.path),
-                     written(model, units), evidence, removal, units.runs)
+    return UnitGroup(reader.path, units.role, units.block, reader.unit, opened.weight(reader.path),
+                     written(opened, units), evidence, removal, units.runs)
 
 
 def _receipt(group: UnitGroup, name: str, kept: Tensor, refit: Tensor | None, seconds: float) -> Receipt:
