@@ -115,6 +115,20 @@ class KeyHeads:
 
 
 @dataclass(frozen=True, eq=False)
+class KeyValues:
+    """What makes the keys and the values of one block, as one matrix.
+
+    weight: the rows of keys above those of values, [2 * heads * width, in]. evidence: what arrives, and what
+    an error of each of these rows costs (None: the technique asked for neither).
+    """
+
+    site: str
+    block: int
+    weight: Float[Tensor, "rows in_"]
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Channels:
     """Channels of a network of any kind that go or stay together: filters, what normalises and reads them.
 
@@ -243,6 +257,27 @@ class Merging(Protocol):
     needs: ClassVar[frozenset[str]]
 
     def merge(self, heads: KeyHeads) -> Tensor: ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A technique that makes keys and values of one latent a token, which is all that a cache then holds.
+
+    ``energies``: what each component of a block's latent is worth, falling. ``ranks``: how many components
+    each block of so many rows keeps, from these. ``factors``: [rows, rank] and [rank, in].
+    """
+
+    scope: ClassVar[str]
+    edits: ClassVar[tuple[type[KeyValues], ...]]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def energies(self, block: KeyValues) -> Tensor: ...
+
+    def ranks(self, site: str, rows: int, energies: tuple[Tensor, ...]) -> tuple[int, ...]: ...
+
+    def factors(self, block: KeyValues, rank: int) -> tuple[Tensor, Tensor]: ...
 
 
 @runtime_checkable

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 NAME = "rarefy"             # of our function among transformers'
 KEY = "rarefy_attention"    # in a configuration
+LATENT = "rarefy_latent"    # ... that makes keys and values of one latent a token (models.latent)
 SEED = 0                    # of what random features start as
 
 
@@ -61,6 +62,11 @@ def saying(config: Any, name: str, technique: Attending) -> Any:
 
 
 def said(config: Any) -> str:
+    """What makes the attention of a configuration no ordinary one; empty: nothing."""
+    return _named(config) or ("latent" if getattr(config, LATENT, None) is not None else "")
+
+
+def _named(config: Any) -> str:
     """The technique that a configuration names; empty: none."""
     found = getattr(config, KEY, None)
     return str(found["technique"]) if isinstance(found, Mapping) and "technique" in found else ""
@@ -68,7 +74,7 @@ def said(config: Any) -> str:
 
 def obeyed(network: Any) -> Any:
     """The network, with the attention that its configuration names; changed in place."""
-    if not said(network.config):
+    if not _named(network.config):
         return network
     technique = _technique(network.config)
     parts = attention_parts(network)

@@ -27,7 +27,7 @@ from rarefy.models.map import ModelMap, Site
 from rarefy.models.model import Model
 from rarefy.models.rewritten import Fill, Scale, Turn
 
-NORMS = {"attn_norm": ("q", "k", "v", "qkv"), "ffn_norm": ("gate", "up", "gate_up")}
+NORMS = {"attn_norm": ("q", "k", "v", "qkv", "kv"), "ffn_norm": ("gate", "up", "gate_up")}
 GATED = ("llama", "mistral", "deci", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
 UNGATED = ("gpt2",)
 _SANDWICH = "its norms behind attention and feed-forward part have gains that no matrix can take over"
@@ -131,6 +131,8 @@ def _norms(model: Model, index: int) -> Iterator[Coupling]:
     for module, stem in family.vectors:
         if stem in NORMS:
             readers = [site for site in model.map.in_block(index) if site.role in NORMS[stem]]
+            if any(site.role == "kv" for site in readers):  # keys and values read that, and not the norm
+                readers = [site for site in readers if site.role not in ("k", "v")]
             path = f"{family.blocks}.{index}.{module}.weight"
             yield _norm(model, path, readers, index, width)
 

@@ -147,7 +147,8 @@ def window_of(config: Any, block: int) -> int | None:
 
 
 _ATTENTION = (Matrix("self_attn.q_proj", "q", "attn_q"), Matrix("self_attn.k_proj", "k", "attn_k"),
-              Matrix("self_attn.v_proj", "v", "attn_v"), Matrix("self_attn.o_proj", "o", "attn_output"))
+              Matrix("self_attn.v_proj", "v", "attn_v"), Matrix("self_attn.o_proj", "o", "attn_output"),
+              Matrix("self_attn.kv_proj", "kv", "attn_kv"))  # the latent, where they have one
 _MLP = (Matrix("mlp.gate_proj", "gate", "ffn_gate"), Matrix("mlp.up_proj", "up", "ffn_up"),
         Matrix("mlp.down_proj", "down", "ffn_down"))
 _NORMS = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"))

@@ -34,6 +34,7 @@ from rarefy.models.folders import (
     read_tokenizer,
     refuse_quantized,
 )
+from rarefy.models.latent import remembering
 from rarefy.models.map import ModelMap, map_model
 from rarefy.models.sources import GgufSource, ModuleSource, SafetensorsSource, Source, in_one_line, read_json
 
@@ -134,7 +135,7 @@ def _layout(config: Any) -> Any:
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
-    return obeyed(network)
+    return obeyed(remembering(network))
 
 
 def _check_blocks(name: str, source: Source, family: Family, config: Any) -> None:

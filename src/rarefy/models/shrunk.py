@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rarefy.core.errors import ModelError
 from rarefy.core.structure import KeyHeads
+from rarefy.models.attending import LATENT
 from rarefy.models.families import FAMILIES, PER_BLOCK_WIDTHS, Family, head_width
 from rarefy.models.map import Site
 from rarefy.models.model import Model
@@ -31,7 +32,7 @@ from rarefy.models.sources import Source
 from rarefy.models.tokens import without_tokens
 
 # settings of a configuration with one entry per block
-PER_BLOCK = ("layer_types", "no_rope_layers", "block_neurons")
+PER_BLOCK = ("layer_types", "no_rope_layers", "block_neurons", LATENT)
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,12 +93,13 @@ def count(number: int) -> str:
 ROLES = {
     "embed": "token embedding", "head": "output head",
     "q": "query", "k": "key", "v": "value", "o": "attention output", "qkv": "query, key, value",
+    "kv": "latent of keys and values",
     "gate": "gate", "up": "up", "down": "down", "gate_up": "gate and up",
     "positions": "position embedding", "token_types": "segment embedding", "pooler": "pooler",
     "conv": "convolution", "pointwise": "pointwise convolution", "depthwise": "depthwise convolution",
     "linear": "linear layer",
 }
-ATTENTION = ("q", "k", "v", "qkv", "o")
+ATTENTION = ("q", "kv", "k", "v", "qkv", "o")
 FEED_FORWARD = ("gate", "up", "gate_up", "down")
 ORDER = (*ATTENTION, *FEED_FORWARD)
 

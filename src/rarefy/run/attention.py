@@ -1,6 +1,7 @@
 """Techniques of scope ``attention`` in a recipe: a view of the model that computes attention otherwise.
 
-No weight changes; what comes behind (training, rounding) works on the view. Only PyTorch runs it.
+No weight changes; what comes behind (training, rounding) works on the view. Only PyTorch runs it, as it does
+keys and values that are made of a latent.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ import time
 
 from rarefy.core.errors import RecipeError, TargetError
 from rarefy.core.nouns import Receipt, Recipe, Step
+from rarefy.core.structure import KeyValues
 from rarefy.models.attending import attending
 from rarefy.models.model import Model
 from rarefy.models.network import Network
-from rarefy.run.planning import attentions, build_attention
+from rarefy.run.planning import attentions, build_attention, structures
 
 
 def check_attention(recipe: Recipe, target: str) -> None:
     """Refuse targets whose kernels compute ordinary attention."""
-    step = next((step for step in recipe.steps if step.technique in attentions()), None)
+    ours = {*attentions(), *(name for name, kind in structures().items() if kind.edits == (KeyValues,))}
+    step = next((step for step in recipe.steps if step.technique in ours), None)
     if step is not None and target != "torch":
         raise TargetError(f"{step.technique}: {target} computes ordinary attention, which is another "
                           "function; use --for torch")

@@ -14,7 +14,15 @@ from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nouns import Option, Step
-from rarefy.core.structure import Merging, Narrowing, Shortening, Slicing, Thinning, Trimming
+from rarefy.core.structure import (
+    Merging,
+    Narrowing,
+    Remembering,
+    Shortening,
+    Slicing,
+    Thinning,
+    Trimming,
+)
 from rarefy.core.tune import Trainer
 from rarefy.formats.ggml import CODECS
 from rarefy.numerics.grids import Grid, integer_grid_named
@@ -23,7 +31,7 @@ from rarefy.run.effort import Effort
 from rarefy.run.sweep import Work
 from rarefy.techniques.depth.early_exit import EarlyExit
 
-Structure = Thinning | Shortening | Merging | Narrowing | Trimming | Slicing
+Structure = Thinning | Shortening | Merging | Narrowing | Trimming | Slicing | Remembering
 TUNE = "tune"  # a step that trains what there is, under no technique
 
 

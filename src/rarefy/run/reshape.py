@@ -22,9 +22,11 @@ from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Evidence, Receipt, Recipe
 from rarefy.core.structure import (
     Damage,
+    KeyValues,
     Merging,
     Narrowing,
     Passage,
+    Remembering,
     Residual,
     Shortening,
     Slicing,
@@ -33,6 +35,7 @@ from rarefy.core.structure import (
     UnitGroup,
 )
 from rarefy.measure.divergence import Reference
+from rarefy.models.latent import Factors, key_values, with_latents
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
@@ -84,6 +87,9 @@ def reshaped(model: Model, recipe: Recipe, tokens: Tensor | None,
             done = shortened(model, technique, tokens, name=step.technique, advance=advance)
         elif isinstance(technique, Merging):
             done = merged(model, technique, name=step.technique)
+        elif isinstance(technique, Remembering):
+            assert tokens is not None
+            done = latent(model, technique, tokens, name=step.technique, seed=recipe.seed, advance=advance)
         elif isinstance(technique, Slicing):
             assert tokens is not None
             done = narrower(model, technique, tokens, name=step.technique, advance=advance)
@@ -215,6 +221,50 @@ def merged(model: Model, technique: Merging, *, name: str = "") -> Reshaped:
                                 time.perf_counter() - started,
                                 note=f"{matrix.shape[1]} heads of keys and values became {matrix.shape[0]}"))
     return Reshaped(with_merged_heads(model, merges), tuple(receipts))
+
+
+# ---- keys and values
+
+def latent(model: Model, technique: Remembering, tokens: Tensor, *, name: str = "", seed: int = 0,
+           advance: Advance = lambda done, total: None) -> Reshaped:
+    """The model whose keys and values are made of one latent a token."""
+    fishers: dict[str, Tensor] = {}
+    if "fisher" in technique.needs:
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(b"latent"))
+        fishers = {each.site.path: each.evidence.fisher
+                   for each in survey(Runner(model), tokens[:WINDOWS], generator, advance)
+                   if each.site.role in ("k", "v") and each.evidence.fisher is not None}
+    # grams are looked at twice, so that one at a time is in memory
+    energies = tuple(technique.energies(each) for each in _key_values(model, tokens, fishers, advance))
+    ranks = technique.ranks(model.name, len(key_values(model, 0).weight), energies)
+    factors: dict[int, Factors] = {}
+    receipts = []
+    for each in _key_values(model, tokens, fishers, advance):
+        started, rank = time.perf_counter(), ranks[each.block]
+        up, down = technique.factors(each, rank)
+        factors[each.block] = (up, down)
+        assert each.evidence is not None
+        error = each.evidence.error(each.weight - up @ down) / max(each.evidence.error(each.weight), 1e-30)
+        receipts.append(Receipt(each.site, name, each.weight.numel() * 16, (up.numel() + down.numel()) * 16,
+                                error, time.perf_counter() - started,
+                                note=f"{rank} numbers a token in the place of {len(each.weight)}"))
+    return Reshaped(with_latents(model, factors), tuple(receipts))
+
+
+def _key_values(model: Model, tokens: Tensor, fishers: Mapping[str, Tensor], advance: Advance
+                ) -> Iterator[KeyValues]:
+    """What makes keys and values in every block, with plain sums of what arrives, which refit best."""
+    stream = Stream(Runner(model), tokens)
+    for block in range(model.map.blocks):
+        found = key_values(model, block)
+        seen = stream.inputs(block, {found.site})[found.site]
+        if fishers:
+            value = next(site.path for site in model.map.in_block(block) if site.role == "v")
+            seen = replace(seen, fisher=torch.cat([fishers[found.site], fishers[value]]))
+        yield replace(found, evidence=seen)
+        if block + 1 < model.map.blocks:
+            stream.advance(block)
+        advance(block + 1, model.map.blocks)
 
 
 # ---- the stream between the blocks

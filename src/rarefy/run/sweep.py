@@ -27,7 +27,7 @@ from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.runner import Runner
 
-ORDER = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",))
+ORDER = (("q", "k", "v", "qkv", "kv"), ("o",), ("gate", "up", "gate_up"), ("down",))
 
 Store = MutableMapping[str, tuple[Node, tuple[Receipt, ...]]]
 
