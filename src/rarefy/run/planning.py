@@ -14,7 +14,7 @@ from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
 from rarefy.core.nouns import Option, Step
-from rarefy.core.structure import Merging, Narrowing, Shortening, Slicing, Thinning, Trimming
+from rarefy.core.structure import Merging, Narrowing, Sharing, Shortening, Slicing, Thinning, Trimming
 from rarefy.core.tune import Trainer
 from rarefy.formats.ggml import CODECS
 from rarefy.numerics.grids import Grid, integer_grid_named
@@ -64,6 +64,11 @@ def attentions() -> dict[str, type[Any]]:
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "attention"}
 
 
+def sharings() -> dict[str, type[Any]]:
+    """Every technique that lets blocks share weights, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "stack"}
+
+
 def objectives() -> dict[str, type[Any]]:
     """Every loss of distillation, by its file's stem."""
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "objective"}
@@ -110,6 +115,12 @@ def build_structure(step: Step) -> Structure:
 def build_attention(step: Step) -> Attending:
     """The technique of scope ``attention`` that a step names, with its settings."""
     technique: Attending = _made(step, attentions(), step.format)
+    return technique
+
+
+def build_sharing(step: Step) -> Sharing:
+    """The technique of scope ``stack`` that a step names, with its settings."""
+    technique: Sharing = _made(step, sharings(), step.format)
     return technique
 
 
