@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rarefy.core.errors import DataError, RecipeError
-from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
+from rarefy.core.errors import DataError, RecipeError, TargetError
+from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 from rarefy.core.nouns import Recipe, Step
 from rarefy.export.networks import opened, stored_trees
 from rarefy.models.opening import open_any
@@ -26,8 +26,8 @@ FEW: dict[str, Any] = {"steps": 6, "batch": 8, "rate": 1e-3, "precision": "float
 
 def done(model: Path, out: Path, *steps: Step, **more: Any) -> Result:
     data = {"data": (str(model / "train.tsv"),), "eval_data": (str(model / "dev.tsv"),)}
-    recipe = Recipe(str(model), steps, "torch", "quick", **{**data, **more})
-    return compress(Job(str(model), out, target="torch", effort="quick", data=recipe.data,
+    recipe = Recipe(str(model), steps, **{"target": "torch", "effort": "quick", **data, **more})
+    return compress(Job(str(model), out, target=recipe.target, effort="quick", data=recipe.data,
                         eval_data=recipe.eval_data, recipe=recipe))
 
 
@@ -91,6 +91,50 @@ def test_only_masks_are_cut_behind_other_steps(tiny_encoder: Path) -> None:
     assert recut(network, {site.path: same}) == {site.path: same}
     with pytest.raises(RecipeError, match="take them out first"):
         recut(network, {site.path: Product(Dense(torch.ones(site.shape[0], 1)), Dense(wider[:1]))})
+
+
+def test_blocks_that_share_learn_and_are_rounded_once(tiny_encoder: Path, tmp_path: Path) -> None:
+    result = done(tiny_encoder, tmp_path / "out",
+                  Step("layers", settings={"what": "ffn", "rank": 2}),
+                  Step("tune", training={**FEW, "objectives": ["soft_labels"]}),
+                  Step("rtn", ("role:down", "role:up", "role:o"), format="int8"))
+    network = opened(result.exported)
+    found = stored_trees(network)
+    for role in ("up", "down"):
+        first, *others = [site.path for site in network.map.sites if site.role == role]
+        assert isinstance(found[first], Quantized) and others
+        for path in others:
+            tree = found[path]
+            assert isinstance(tree, Sum) and isinstance(tree.terms[1], Product)
+            shared = tree.terms[0]
+            assert isinstance(shared, Shared) and shared.path == first
+            assert torch.equal(shared.dense(), found[first].dense())
+            with torch.no_grad():
+                torch.testing.assert_close(network.weight(path), tree.dense())
+    assert sum("uses" in each["note"] for each in result.receipt["axes"]) == 2 * (network.map.blocks - 1)
+    rows = {row["site"]: row for row in result.receipt["plan"]}
+    assert rows[others[0]]["bytes"] < rows[first]["bytes"]
+    assert result.receipt["measured"]["float"]["task"]["accuracy"] > 0.5
+
+
+def test_blocks_of_a_language_model_share(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny_llama), (Step("layers", settings={"what": "attention"}),), "torch", "quick",
+                    data=("python-docs",))
+    result = compress(Job(str(tiny_llama), tmp_path / "out", target="torch", effort="quick", data=recipe.data,
+                          recipe=recipe))
+    found = stored_trees(opened(result.exported))
+    assert sum(isinstance(tree, Shared) for tree in found.values()) >= 4
+    assert result.receipt["bytes"] < result.receipt["model"]["original_bytes"]
+
+
+def test_where_sharing_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="stores the weights of every block"):
+        done(tiny_encoder, tmp_path / "a", Step("layers"), target="onnxruntime")
+    with pytest.raises(RecipeError, match="leave 'where' out"):
+        done(tiny_encoder, tmp_path / "b", Step("layers", ("role:up",)))
+    with pytest.raises(RecipeError, match="move it up"):
+        runs((Step("rtn"), Step("layers")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_behind_the_last_leaves(tiny_encoder: Path, tmp_path: Path) -> None:

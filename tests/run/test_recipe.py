@@ -10,7 +10,16 @@ from rarefy.core.errors import RecipeError
 from rarefy.core.nouns import Option, Recipe, Step
 from rarefy.models.model import open_model
 from rarefy.run.effort import effort_named
-from rarefy.run.planning import affordable, chain, grid_named, structures, techniques, trainers, transforms
+from rarefy.run.planning import (
+    affordable,
+    chain,
+    grid_named,
+    sharings,
+    structures,
+    techniques,
+    trainers,
+    transforms,
+)
 from rarefy.run.recipe import matching, plan_of, read_recipe, split, write_recipe
 from rarefy.run.to_llamacpp import LlamaCpp
 
@@ -100,7 +109,7 @@ def test_the_recipes_of_this_repository_can_be_read(path: Path, tmp_path: Path) 
     assert read_recipe(tmp_path / "again.yaml") == recipe
     whole, rest = split(recipe.steps)
     assert whole + rest == recipe.steps
-    known = {**techniques(), **transforms(), **structures(), **trainers()}
+    known = {**techniques(), **transforms(), **structures(), **sharings(), **trainers()}
     for step in recipe.steps:
         if step.technique != "tune":  # what trains has settings of its own
             assert set(step.settings) <= set(known[step.technique].__dataclass_fields__)

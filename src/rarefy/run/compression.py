@@ -27,6 +27,7 @@ from rarefy.run.journal import Journal, Sites
 from rarefy.run.planning import allocate, work_of
 from rarefy.run.progress import Progress
 from rarefy.run.recipe import Run, parts, plan_of, recipe_of
+from rarefy.run.sharing import follows, relinked
 from rarefy.run.subject import Subject
 from rarefy.run.survey import Survey, take_survey
 from rarefy.run.target import Beside, Destination, Opened
@@ -97,8 +98,12 @@ class Compression:
     def _asked(self, state: State, steps: tuple[Step, ...], found: Survey) -> Plan:
         """What some steps of the recipe ask of every site."""
         assert self.job.recipe is not None
-        return plan_of(state.view.opened, replace(self.job.recipe, steps=steps), self.destination,
+        opened = state.view.opened
+        plan = plan_of(opened, replace(self.job.recipe, steps=steps), self.destination,
                        found.statistics or None)
+        followers = {path: self.destination.asked(opened, opened.map.by_path[path], ()) for path in plan
+                     if path in state.trees and follows(state.trees[path])}
+        return plan | followers  # what is shared is rewritten where it is stored
 
     def _search(self, data: Any, found: Survey) -> tuple[Sites, dict[str, Any]]:
         """Plan, compress and measure; again, with what the measurement taught, when a bound is missed."""
@@ -216,13 +221,19 @@ class Compression:
 
 
 class Trees(Mapping[str, Node]):
-    """The trees of finished sites, read one at a time; of others what they were before."""
+    """The trees of finished sites, read one at a time; of others what they were before, those that share with
+    a finished site what it has become."""
 
     def __init__(self, sites: Sites, before: Mapping[str, Node]) -> None:
         self.sites, self.before = sites, before
 
     def __getitem__(self, path: str) -> Node:
-        return self.sites[path][0] if path in self.sites else self.before[path]
+        if path in self.sites:
+            return self.sites[path][0]
+        return relinked(self.before[path], self._swept)
+
+    def _swept(self, path: str) -> Node | None:
+        return self.sites[path][0] if path in self.sites else None
 
     def __contains__(self, path: object) -> bool:
         return path in self.sites or path in self.before

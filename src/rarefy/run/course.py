@@ -1,6 +1,7 @@
 """The course of a recipe: its steps in runs of one kind, and the network as each run leaves it.
 
     whole      steps that change the model's shape or its axes: a smaller model, or a view of it
+    sharing    one step that lets blocks use each other's matrices
     training   one step that trains what there is; the teacher is always the model that the job began with
     leaves     steps that rewrite weights, one weight at a time
 
@@ -31,10 +32,11 @@ from rarefy.models.sources import ModuleSource
 from rarefy.run.effort import Effort
 from rarefy.run.language import Language
 from rarefy.run.lessons import Lesson, Term, check_labels, explained, losses, material
-from rarefy.run.planning import TUNE, build_trainer
+from rarefy.run.planning import TUNE, build_sharing, build_trainer
 from rarefy.run.progress import Progress
 from rarefy.run.recipe import Run, runs
 from rarefy.run.samples import Samples
+from rarefy.run.sharing import share_layers
 from rarefy.run.subject import Subject
 from rarefy.training.activations import Rounding
 from rarefy.training.loop import Settings
@@ -80,6 +82,8 @@ class Course:
             match kind:
                 case "whole":
                     state = self._reshaped(state, (*steps, *self._weighed(number)))
+                case "sharing":
+                    state = self._shared(state, steps[0])
                 case "training":
                     state = self._trained(state, steps[0], number)
                 case "leaves":
@@ -96,6 +100,14 @@ class Course:
                                                  stage.advance)
         return replace(state, view=view, trees=recut(view.opened, state.trees),
                        receipts=state.receipts + receipts)
+
+    def _shared(self, state: State, step: Step) -> State:
+        """``state`` with blocks that share; what they store is plain numbers of the view."""
+        with self.progress.stage("share"):
+            found = share_layers(state.view.opened, build_sharing(step), self.data.calibration)
+        trees = {path: tree for path, tree in found.trees.items() if not isinstance(tree, Dense)}
+        return replace(state, view=computing(state.view.opened, found.trees), trees={**state.trees, **trees},
+                       receipts=state.receipts + found.receipts)
 
     def _trained(self, state: State, step: Step, number: int) -> State:
         """``state`` after one training."""
@@ -115,8 +127,9 @@ class Course:
         receipts = _receipts(opened, step, state.trees, trees, tuned, time.perf_counter() - started)
         curve = {"technique": step.technique, "examples": len(found.train), "held": len(found.held),
                  **tuned.curve.as_dict()}
-        return State(computing(opened, tuned), {**state.trees, **trees}, state.receipts + receipts,
-                     (*state.curves, curve))
+        before = {path: tree for path, tree in state.trees.items() if path not in tuned.trees}
+        return State(computing(opened, tuned.trees, tuned.params), {**before, **trees},
+                     state.receipts + receipts, (*state.curves, curve))
 
 
 def recut(opened: Model | Network, trees: Mapping[str, Node]) -> dict[str, Node]:
@@ -135,13 +148,14 @@ def recut(opened: Model | Network, trees: Mapping[str, Node]) -> dict[str, Node]
     return found
 
 
-def computing(opened: Model | Network, tuned: Tuned) -> Subject:
-    """``opened`` with everything that training changed, decoded."""
+def computing(opened: Model | Network, trees: Mapping[str, Node], params: Mapping[str, Tensor] | None = None
+              ) -> Subject:
+    """``opened`` with weights as some trees stand for them, and other norms and biases."""
     module = materialize(opened, torch.float32) if isinstance(opened, Model) else copy.deepcopy(opened.module)
     sites = opened.map.by_path
-    state: dict[str, Tensor] = {path: sites[path].stored(tree.dense()) for path, tree in tuned.trees.items()}
-    strange = module.load_state_dict({**state, **tuned.params}, strict=False).unexpected_keys
-    assert not strange, f"{opened.name}: trained, and not in the network: {', '.join(strange)}"
+    state: dict[str, Tensor] = {path: sites[path].stored(tree.dense()) for path, tree in trees.items()}
+    strange = module.load_state_dict({**state, **(params or {})}, strict=False).unexpected_keys
+    assert not strange, f"{opened.name}: changed, and not in the network: {', '.join(strange)}"
     module.eval().requires_grad_(False)
     if isinstance(opened, Model):
         return Language(Model.from_module(module, opened.tokenizer, opened.name))

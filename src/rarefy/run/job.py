@@ -51,6 +51,7 @@ from rarefy.run.progress import Progress, Silent
 from rarefy.run.recipe import read_recipe, write_recipe
 from rarefy.run.resolve import AUTO, destination_for, exported, named, subject_of, suited
 from rarefy.run.samples import identity
+from rarefy.run.sharing import check_sharing
 from rarefy.run.subject import Subject
 from rarefy.run.survey import Survey, take_survey
 from rarefy.run.trim import matched, trimmed, vocabulary_steps
@@ -150,6 +151,7 @@ def compress(job: Job, progress: Progress | None = None) -> Result:
             subject, cuts = _fewer_tokens(whole, job)
         if job.recipe is not None:
             check_attention(job.recipe, destination.target.name)
+            check_sharing(job.recipe, destination.target.name)
         if job.recipe is not None and job.recipe.exits is not None:
             check_exits(job.recipe.exits, subject.opened, destination.target.name)
         possible(destination, subject.opened, job, whole.opened)

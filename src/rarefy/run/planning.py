@@ -18,6 +18,7 @@ from rarefy.core.structure import (
     Merging,
     Narrowing,
     Remembering,
+    Sharing,
     Shortening,
     Slicing,
     Thinning,
@@ -72,6 +73,11 @@ def attentions() -> dict[str, type[Any]]:
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "attention"}
 
 
+def sharings() -> dict[str, type[Any]]:
+    """Every technique that lets blocks share weights, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "stack"}
+
+
 def objectives() -> dict[str, type[Any]]:
     """Every loss of distillation, by its file's stem."""
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "objective"}
@@ -118,6 +124,12 @@ def build_structure(step: Step) -> Structure:
 def build_attention(step: Step) -> Attending:
     """The technique of scope ``attention`` that a step names, with its settings."""
     technique: Attending = _made(step, attentions(), step.format)
+    return technique
+
+
+def build_sharing(step: Step) -> Sharing:
+    """The technique of scope ``stack`` that a step names, with its settings."""
+    technique: Sharing = _made(step, sharings(), step.format)
     return technique
 
 

@@ -11,7 +11,8 @@
 
 Steps run in their order at every weight that a pattern matches. A weight that no step stores in a format
 is stored as F16. Unknown keys, techniques, settings and formats are errors, and so is a pattern that
-matches nothing. Steps that change coupled axes of the whole model (awq, smoothquant, rotate) come first.
+matches nothing. Steps that change coupled axes of the whole model (awq, smoothquant, rotate) come first;
+behind them blocks may share their matrices (layers), trained and rounded once for all that use them.
 
 A step can also train what there is (``tune``), or prune or round while it trains (gradual, qat, ...):
 
@@ -49,9 +50,11 @@ from rarefy.run.planning import (
     attentions,
     build,
     build_attention,
+    build_sharing,
     build_structure,
     build_trainer,
     build_transform,
+    sharings,
     structures,
     techniques,
     trainers,
@@ -63,7 +66,7 @@ if TYPE_CHECKING:
 
 ALLOCATE = "allocate"
 
-Kind = Literal["whole", "training", "leaves"]
+Kind = Literal["whole", "sharing", "training", "leaves"]
 Run = tuple[Kind, tuple[Step, ...]]
 
 
@@ -192,7 +195,7 @@ def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
 
 
 def runs(steps: Sequence[Step]) -> tuple[Run, ...]:
-    """Steps in runs of one kind: for the whole model, training (every one for itself), for leaves.
+    """Steps in runs of one kind: for the whole model, sharing and training (each for itself), for leaves.
 
     RecipeError: an order that cannot be.
     """
@@ -202,7 +205,10 @@ def runs(steps: Sequence[Step]) -> tuple[Run, ...]:
         run = tuple(each)
         if kind == "whole" and rewritten and not all(map(_empties, run)):
             split((Step(rewritten), *run))
-        found += [(kind, (step,)) for step in run] if kind == "training" else [(kind, run)]
+        if kind == "sharing" and rewritten:
+            raise RecipeError(f"{run[0].technique}: shares plain numbers, and {rewritten} makes others of "
+                              "them; move it up")
+        found += [(kind, (step,)) for step in run] if kind in ("sharing", "training") else [(kind, run)]
         names = [step.technique for step in run if kind != "whole" and step.technique != TUNE]
         rewritten = next(iter(names), rewritten)
     return tuple(found)
@@ -223,6 +229,8 @@ def parts(steps: Sequence[Step]) -> tuple[tuple[Run, ...], tuple[Step, ...], tup
 def _kind(step: Step) -> Kind:
     if step.technique == TUNE or step.technique in trainers():
         return "training"
+    if step.technique in sharings():
+        return "sharing"
     return "whole" if step.technique in {*structures(), *attentions(), *transforms()} else "leaves"
 
 
@@ -259,6 +267,10 @@ def checked(kind: Kind, run: tuple[Step, ...]) -> tuple[Step, ...]:
     match kind:
         case "leaves":
             return run
+        case "sharing":
+            for step in run:
+                build_sharing(step)
+            return ()
         case "training":
             made = tuple(step for step in run if step.technique != TUNE)
             for step in made:

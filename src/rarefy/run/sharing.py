@@ -7,7 +7,7 @@ matrix once, and ``tune`` trains it once, for all blocks that use it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +16,16 @@ from torch import Tensor
 from rarefy.calibration import observe
 from rarefy.calibration.evidence import Stream
 from rarefy.calibration.examples import Examples
-from rarefy.core.edit import relative_error
-from rarefy.core.errors import EditError
+from rarefy.core.edit import leaves, relative_error
+from rarefy.core.errors import EditError, RecipeError, TargetError
 from rarefy.core.nodes import Dense, Node, Product, Shared, Sum
-from rarefy.core.nouns import Evidence, Receipt
+from rarefy.core.nouns import Evidence, Receipt, Recipe
 from rarefy.core.structure import Sharing, Stack
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.runner import Runner
+from rarefy.run.planning import sharings
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,33 @@ def share_layers(model: Model | Network, technique: Sharing, data: Tensor | Exam
                 _share(model, technique, [sites[block].get(role) for block in group], evidence, dtype, trees,
                        receipts)
     return SharedLayers(trees, tuple(receipts))
+
+
+def check_sharing(recipe: Recipe, target: str) -> None:
+    """Refuse targets that store every block's weights."""
+    step = next((step for step in recipe.steps if step.technique in sharings()), None)
+    if step is None:
+        return
+    if target != "torch":
+        raise TargetError(f"{step.technique}: {target} stores the weights of every block, so sharing would "
+                          "save nothing there; use --for torch")
+    if step.where != ("*",):
+        raise RecipeError(f"{step.technique}: shares whole roles (what: attention, ffn or all); leave "
+                          "'where' out")
+
+
+def follows(tree: Node) -> bool:
+    """Whether a tree uses a matrix that is stored at another site."""
+    return any(isinstance(leaf, Shared) for leaf in leaves(tree))
+
+
+def relinked(tree: Node, owner: Callable[[str], Node | None]) -> Node:
+    """``tree`` with what is shared in it as it is now. owner: the tree at a site; None: as it was."""
+    if isinstance(tree, Shared):
+        held = owner(tree.path)
+        return tree if held is None else Shared(tree.path, held)
+    below = tree.children()
+    return tree.rebuilt(tuple(relinked(child, owner) for child in below)) if below else tree
 
 
 def _share(model: Model | Network, technique: Sharing, sites: list[Site | None],
