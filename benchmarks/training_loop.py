@@ -76,7 +76,8 @@ def bare(network: Network, rows: Rows, steps: int, seed: int) -> list[float]:
 
 def ours(network: Network, rows: Rows, steps: int, seed: int) -> list[float]:
     """The same by ``fit``."""
-    settings = Settings(steps=steps, batch=BATCH, rate=RATE, schedule="constant", precision="float32", seed=seed)
+    settings = Settings(steps=steps, batch=BATCH, rate=RATE, schedule="constant", precision="float32",
+                        seed=seed)
     student = student_of(network, {}, Tuning(), settings)
     task = Learning(student, Distillation(network, None, ((1.0, HardLabels()),)))
     stamps: list[float] = []
