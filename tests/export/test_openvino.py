@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 pytest.importorskip("onnxscript")
@@ -16,6 +17,7 @@ from rarefy.export import openvino as exporter  # noqa: E402
 from rarefy.export.onnx import GRIDS, OnnxSettings  # noqa: E402
 from rarefy.export.openvino import export_openvino  # noqa: E402
 from rarefy.export.program import Program, trace  # noqa: E402
+from rarefy.numerics.grids import integer_grid  # noqa: E402
 from rarefy.runtimes.verify import verify  # noqa: E402
 from small_networks import bert, images, residual, rounded_trees, tokens  # noqa: E402
 
@@ -37,6 +39,18 @@ def test_codes_are_multiplied_as_they_are(encoder, tmp_path: Path, format: str) 
               if node.get_rt_info()["layerType"].astype(str) == "FullyConnected"]
     kinds = {node.input(1).get_element_type().get_type_name() for node in layers}
     assert len(layers) == 12 and kinds == {{"int8": "i8", "int4": "i4", "int4z": "u4", "int2": "u4"}[format]}
+
+
+def test_scales_keep_their_sixteen_bits(tmp_path: Path) -> None:
+    """Those of 16 bits lie in the file as such, those of 32 bits stay, and neither answers otherwise."""
+    network = nn.Sequential(nn.Linear(64, 640), nn.ReLU(), nn.Linear(640, 8)).eval().requires_grad_(False)
+    sizes = []
+    for dtype in (torch.float32, torch.float16):
+        trees = rounded_trees(network, integer_grid(4, 32, dtype=dtype))
+        done = export_openvino(network, trees, tmp_path / f"{dtype}.xml", inputs={"0": torch.ones(2, 64)})
+        assert verify(done, [{"0": torch.randn(5, 64)}], engine="openvino").error < 1e-5
+        sizes.append(done.path.with_suffix(".bin").stat().st_size)
+    assert sizes[0] - sizes[1] == 2 * 640 * 64 // 32  # the second layer's are too few to be worth an operator
 
 
 def test_static_cnn(tmp_path: Path) -> None:

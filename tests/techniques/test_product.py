@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from rarefy.core.codebooks import Clustered
-from rarefy.core.edit import edit
+from rarefy.core.edit import Leaf, edit
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nodes import Dense, Masked, Node
-from rarefy.core.nouns import Evidence
+from rarefy.core.nouns import Choice, Evidence
 from rarefy.numerics import clusters
 from rarefy.numerics.clusters import nearest_center, vector_centers
 from rarefy.numerics.grids import integer_grid
@@ -145,3 +147,20 @@ def test_hardly_weights_and_refusals(weight: Tensor) -> None:
                               ({"books": "every"}, "books='every'"), ({"dtype": "int8"}, "dtype='int8'")):
         with pytest.raises(RecipeError, match=message):
             ProductQuantization(**settings)
+
+
+def test_the_planner_is_offered_tables_alone(large: Tensor) -> None:
+    """Their inputs count one by one; for other weights error feedback (GPTQ) does better at these bits."""
+    leaf = Leaf("w", Dense(large), large, None, Evidence(torch.eye(256), 400, torch.full((400,), 1 / 400)))
+    held = {"tree": Choice(None, 0)}
+    found = list(ProductQuantization.options(leaf, held))
+    assert [option.steps[0].settings["length"] for option in found] == [2, 4]  # 3 does not divide 256
+    assert [option.damage for option in found] == sorted(option.damage for option in found)
+    for option in found:
+        node = clustered(run(ProductQuantization(**option.steps[0].settings), large, leaf.evidence)[0])
+        assert option.bytes * 8 == 8 * node.index.numel() + 16 * node.codebook.numel()
+        assert leaf.evidence is not None
+        assert option.damage == pytest.approx(leaf.evidence.damage(node.dense() - large), rel=0.05)
+    mixed = Evidence(torch.eye(256) + 0.1, 400, torch.ones(400))
+    assert not list(ProductQuantization.options(replace(leaf, evidence=mixed), held))
+    assert not list(ProductQuantization.options(leaf, {"int8": Choice(integer_grid(8, 0), 0)}))

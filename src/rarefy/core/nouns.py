@@ -32,6 +32,11 @@ class Evidence:
     tokens: int
     fisher: Float[Tensor, " out"] | None = None
 
+    @property
+    def separate(self) -> bool:
+        """Whether every input counts by itself, as in a table of embeddings: the gram is a diagonal."""
+        return int(self.gram.count_nonzero()) <= len(self.gram)
+
     def __add__(self, other: Evidence) -> Evidence:
         """Evidence from two shards of data. The Fisher is a mean, so it is weighted by tokens."""
         fisher = None

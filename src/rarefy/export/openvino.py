@@ -5,7 +5,8 @@ The graph is the one of ``export.onnx`` in standard operators, converted by Open
     Constant (i8, u8, i4 or u4) -> Convert -> Subtract -> Multiply -> Reshape -> MatMul
 
 which its CPU plugin runs as one operator on the codes. It is checked that every constant of few bits is
-there, bit for bit: a conversion that unfolded them would give a file four times as large, and no error.
+there, bit for bit: a conversion that unfolded them would give a file four times as large, and no error. That
+is what becomes of scales and factors in float16; they are put back, where float16 holds every number.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rarefy.core.errors import TargetError
 from rarefy.core.nodes import Node
 from rarefy.core.nouns import Target
 from rarefy.export.onnx import GRIDS, Exported, OnnxSettings, export_onnx
+from rarefy.export.pieces import OPERATOR
 from rarefy.export.program import Program, Values
 from rarefy.formats.onnx import onnx_package
 
@@ -63,9 +65,26 @@ def export_openvino(module: nn.Module, trees: Mapping[str, Node], path: Path | s
                            program=program)
         model = openvino.convert_model(done.path)
         _check_codes(onnx_package().load(done.path), model, path)
+        _halve(model)
         openvino.save_model(model, path, compress_to_fp16=False)
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
     return replace(done, path=path, bytes=size)
+
+
+def _halve(model: Any) -> None:
+    """Constants of float32 in 16 bits, where no number changes by it and the file becomes smaller."""
+    openvino = openvino_package()
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != openvino.Type.f32:
+            continue
+        values = np.asarray(node.data)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if half.nbytes <= OPERATOR or not np.array_equal(half, values):
+            continue
+        wide = openvino.opset13.convert(openvino.opset13.constant(half), "f32")
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(wide.output(0))
 
 
 def _check_codes(proto: Any, model: Any, path: Path) -> None:

@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import nn
 
+from rarefy.core.codebooks import Clustered
 from rarefy.core.nodes import Dense, Node, Product, Quantized
 from rarefy.export.onnx import Exported
 from rarefy.formats.integers import integers
@@ -110,6 +111,8 @@ def runs(exported: Exported, site: Site, uses: Sequence[Use], *, contrib: bool) 
             return "two thin products"
         case Dense(values=values) if values.dtype == torch.float32:
             return "floats"
+        case Clustered() if kinds == {"Gather"}:
+            return "rows put together from a codebook"
     if found is None:
         return "decoded when loaded"
     if kinds == {"Gather"} and contrib:

@@ -133,8 +133,7 @@ def weight(graph: Graph, node: Node, name: str) -> str:
             for k, term in enumerate(terms[1:], 1):
                 total = graph.add("Add", total, weight(graph, term, f"{name}.{k}"))
             return total
-        case Clustered() if _table_bytes(node.index.numel(), node.codebook.shape[1],
-                                         node.codebook.numel()) < 4 * prod(node.shape):
+        case Clustered() if _smaller(node):
             return _clustered(graph, node, name)
         case Hashed() if _table_bytes(prod(node.size), 2 * node.buckets.numel(),
                                       2 * node.buckets.numel()) < 4 * prod(node.size):
@@ -160,9 +159,9 @@ def _decompressed(graph: Graph, found: Integers, name: str) -> str:
 
 
 def _scales(graph: Graph, scale: Tensor, name: str) -> str:
-    """Scales as float32, stored as float16 where that holds them. (OpenVINO's conversion would unfold it.)"""
+    """Scales as float32, stored as float16 where that holds them."""
     half = scale.to(torch.float16)
-    if not graph.contrib or not torch.equal(half.float(), scale):
+    if not torch.equal(half.float(), scale):
         return graph.constant(name, scale)
     return as_float(graph, graph.constant(name, half))
 
@@ -192,25 +191,38 @@ def _table_bytes(places: int, values: int, numbers: int) -> int:
     return places * (1 if values <= 256 else 2 if values <= 1 << 16 else 4) + 4 * numbers
 
 
-def _places(graph: Graph, name: str, index: Tensor, values: int) -> str:
-    """Positions in a table, stored in the narrowest type, as int32."""
+def _places(graph: Graph, name: str, index: Tensor, values: int, rows: str = "") -> str:
+    """Positions in a table, stored in the narrowest type, as int32; of all rows, or of those asked for."""
     if values <= 16:
         stored = graph.four_bits(name, index.to(torch.uint8), signed=False)
     else:
         kind = np.uint8 if values <= 256 else np.uint16 if values <= 1 << 16 else np.int32
         stored = graph.constant(name, index.numpy().astype(kind))
+    if rows:
+        stored = graph.add("Gather", stored, rows, axis=0)
     return graph.add("Cast", stored, to=onnx_package().TensorProto.INT32)
 
 
-def _clustered(graph: Graph, node: Clustered, name: str) -> str:
+def _smaller(node: Clustered) -> bool:
+    """Than as floats."""
+    _, values, _ = node.codebook.shape
+    return _table_bytes(node.index.numel(), values, node.codebook.numel()) < 4 * prod(node.shape)
+
+
+def _clustered(graph: Graph, node: Clustered, name: str, rows: str = "") -> str:
+    """The matrix, or some rows of it. rows: a value with their numbers."""
     books, values, width = node.codebook.shape
-    places = _places(graph, f"{name}.index", node.index, values)
+    places = _places(graph, f"{name}.index", node.index, values, rows)
     if books > 1:
         offset = np.arange(books, dtype=np.int32)[None] * values
         places = graph.add("Add", places, graph.constant(f"{name}.book", offset))
     book = graph.constant(f"{name}.codebook", node.codebook.float().reshape(books * values, width))
     found = graph.add("Gather", book, places, axis=0)
-    return graph.add("Reshape", found, graph.constant(f"{name}.shape", list(node.shape)))
+    shape = graph.constant(f"{name}.shape", list(node.shape))
+    if rows:
+        row = graph.constant(f"{name}.row", [node.shape[1]])
+        shape = graph.add("Concat", graph.add("Shape", rows), row, axis=0)
+    return graph.add("Reshape", found, shape)
 
 
 def _hashed(graph: Graph, node: Hashed, name: str) -> str:
@@ -451,6 +463,8 @@ def embedding(graph: Graph, index: str, node: Node, name: str) -> str:
         case Dense(values=values):
             rows = graph.add("Gather", graph.constant(name, values), index, axis=0)
             return rows if values.dtype == torch.float32 else as_float(graph, rows)
+        case Clustered() if _smaller(node) and node.codebook.shape[1] > 16:  # Gather takes no 4-bit numbers
+            return _clustered(graph, node, name, index)
         case Product(left=left, right=right):
             inner = embedding(graph, index, left, f"{name}.left")
             return graph.add("MatMul", inner, weight(graph, right, f"{name}.right"))

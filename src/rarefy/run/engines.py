@@ -1,8 +1,9 @@
 """The engines that load a traced graph, ONNX Runtime and OpenVINO: how each stores a weight, in what bytes.
 
-Both load integers of a few bits (ONNX Runtime 2, 4 and 8, OpenVINO 4 and 8), floats, and low rank as two
-products; what else a recipe asks for goes over as larger numbers, and is said. Bytes are foreseen by building
-each weight's piece of the graph and weighing it. ``to_onnx`` and ``to_decoder`` make targets of them.
+Both load integers of a few bits (ONNX Runtime 2, 4 and 8, OpenVINO 4 and 8), floats, low rank as two
+products, and tables of vectors that share codebooks; what else a recipe asks for goes over as larger numbers,
+and is said. Bytes are foreseen by building each weight's piece of the graph and weighing it. ``to_onnx`` and
+``to_decoder`` make targets of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from math import prod
 
 import torch
 
+from rarefy.core.codebooks import Clustered
 from rarefy.core.nodes import Dense, Node, Product
 from rarefy.core.nouns import Choice, Option, Step, Target
 from rarefy.core.tensors import Tucker
@@ -61,10 +63,10 @@ class Engine:
         return found
 
     def held(self, site: Site, uses: Uses, option: Option) -> Option | None:
-        """Of trees, low rank: masks are stored as zeros, and codebooks without their coding."""
+        """Of trees, low rank and tables of vectors: masks are stored as zeros, codebooks without coding."""
         if option.format != TREE:
             return option
-        tree = _low_rank(site, uses, option.steps[0], self._factors(uses))
+        tree = _planned(site, uses, option.steps[0], self._factors(uses))
         return None if tree is None else replace(option, bytes=weighed(
             piece(tree, site, uses, contrib=self.contrib)))
 
@@ -91,16 +93,15 @@ class Engine:
         return f"python -c \"import {self.target.name}; network = {made}\""
 
     def _factors(self, uses: Uses) -> torch.dtype:
-        """The smallest floats that stay as they are: OpenVINO's conversion unfolds 16 bits, and so does
-        folding BatchNorm into a convolution."""
+        """The smallest floats that stay as they are: folding BatchNorm into a convolution widens them."""
         convolved = any(use.kind == "Conv" for use in uses)
-        return torch.float16 if self.contrib and not convolved else torch.float32
+        return torch.float32 if convolved else torch.float16
 
 
 ENGINES = (
     Engine(replace(ONNXRUNTIME, formats=(TREE, "int8", *FOUR, *TWO, *FLOATS)),
            ("onnx", "onnxscript", "onnxruntime"), export_onnx, "model.onnx", True, ("int8", *FOUR, *TWO)),
-    Engine(replace(OPENVINO, formats=(TREE, "int8", *FOUR, "float32")),
+    Engine(replace(OPENVINO, formats=(TREE, "int8", *FOUR, *FLOATS)),
            ("onnx", "onnxscript", "openvino"), export_openvino, "model.xml", False, ("int8", *FOUR)),
 )
 
@@ -113,7 +114,7 @@ def _fits(grid: Grid, site: Site, uses: Uses) -> bool:
     return site.shape[1] % (grid.block or 1) == 0 and grid.block < site.shape[1]
 
 
-def _low_rank(site: Site, uses: Uses, step: Step, dtype: torch.dtype) -> Node | None:
+def _planned(site: Site, uses: Uses, step: Step, dtype: torch.dtype) -> Node | None:
     """A tree of the form that a planned step gives, its factors in ``dtype``; None: it is no smaller."""
     def factor(*shape: int) -> Node:
         return Dense(torch.zeros(shape, dtype=dtype))
@@ -125,5 +126,8 @@ def _low_rank(site: Site, uses: Uses, step: Step, dtype: torch.dtype) -> Node | 
         case "tucker", [int(a), int(b)] if all(use.groups == 1 for use in uses):
             channels, *window = site.kernel
             return Tucker(factor(out, a), factor(a, b * prod(window)), factor(channels, b), tuple(window))
+        case "product", _ if isinstance(length := step.settings.get("length"), int):
+            index = torch.zeros((out, columns // length), dtype=torch.uint8)
+            return Clustered(torch.zeros(1, 256, length), index)
         case _:
             return None

@@ -88,9 +88,8 @@ class FWSVD:
         Then ``1/2 sum_{k > r} s_k^2`` of the weighted matrix is the damage itself, in the means of f and h.
         """
         assert leaf.evidence is not None and leaf.evidence.fisher is not None
-        gram, fisher = leaf.evidence.gram, leaf.evidence.fisher
-        diagonal = gram.diagonal()
-        if all(choice.stored is not None for choice in choices.values()) or gram.count_nonzero() > len(gram):
+        fisher, diagonal = leaf.evidence.fisher, leaf.evidence.gram.diagonal()
+        if all(choice.stored is not None for choice in choices.values()) or not leaf.evidence.separate:
             return
         a, b = _root(fisher, "")[0], _root(diagonal, "")[0]
         mean = float(fisher.mean()) * float(diagonal.mean()) / max(leaf.evidence.tokens, 1)

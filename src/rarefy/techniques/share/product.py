@@ -7,7 +7,8 @@ A row is cut into pieces of ``length`` weights; each piece stores which vector o
 An index of 8 bits for 4 weights is 2 bits per weight, and vectors can lie where pieces are, which grids of
 single values cannot. Starts are k-means++ seeds. The codebook is the price: 256 vectors of 4 in float16 are
 16384 bits, little beside a large weight and much beside a small one. ``books="each"`` gives every place in
-the row its own codebook, as the paper does; that pays for tables with many rows.
+the row its own codebook, as the paper does; that pays for tables with many rows. The planner is offered it
+at embeddings: there rows are many, and no error of one column can be made up for by another (GPTQ).
 
 Paper: Jegou et al. 2011, "Product Quantization for Nearest Neighbor Search"; Gong et al. 2014, "Compressing
 Deep Convolutional Networks using Vector Quantization", section 3.2.3.
@@ -15,6 +16,8 @@ Deep Convolutional Networks using Vector Quantization", section 3.2.3.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,10 +28,12 @@ from rarefy.core.codebooks import Clustered
 from rarefy.core.edit import Edited, Leaf
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nodes import Dense, Node, Quantized
+from rarefy.core.nouns import Choice, Option, Step
 from rarefy.core.sharing import DTYPES, choose, energy, finite, stored, unseen
 from rarefy.numerics.clusters import nearest_center, vector_centers
 
 BOOKS = ("one", "each")
+PLANNED = (2, 3, 4)  # weights to an index of 8 bits, for the planner
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,22 @@ class ProductQuantization:
             books.append(book)
             index[:, group] = found.view(rows, -1)
         return self._edited(books, index, unseen(leaf))
+
+    @classmethod
+    def options(cls, leaf: Leaf, choices: Mapping[str, Choice]) -> Iterator[Option]:
+        """Tables in 2 to 4 bits, where the target holds any tree. Centers are fitted to the sample, which is
+        large enough for 256 of them."""
+        assert leaf.evidence is not None
+        rows, columns = leaf.sampled_from or leaf.target.shape[0], leaf.target.shape[1]
+        if all(choice.stored is not None for choice in choices.values()) or not leaf.evidence.separate:
+            return
+        for length in (each for each in PLANNED if columns % each == 0):
+            node = cls(length=length).rewrite(leaf, torch.Generator().manual_seed(0)).node
+            assert isinstance(node, Clustered)
+            bits = 8 * rows * columns // length + 16 * node.codebook.numel()
+            damage = leaf.evidence.damage(node.dense() - leaf.target)
+            steps = (Step("product", (leaf.site,), {"length": length}),)
+            yield Option(leaf.site, "tree", math.ceil(bits / 8), damage, steps)
 
     def _fit(self, site: str, part: Tensor, mass: Tensor,
              generator: torch.Generator) -> tuple[Tensor, Tensor]:
