@@ -14,11 +14,13 @@ from rarefy.run.engines import ENGINES
 from rarefy.run.job import Job, compress, plan
 from rarefy.run.progress import Silent
 from rarefy.run.resolve import TARGETS, WRITING
+from rarefy.run.to_integer import PACKAGES as FOR_INTEGERS
 from rarefy.run.to_transformers import PACKAGES
 from rarefy.runtimes.session import PIP
 
 NEEDED = [(engine.target.name, package) for engine in ENGINES for package in engine.packages]
 NEEDED += [("transformers", package) for package in PACKAGES]
+NEEDED += [("integer", package) for package in FOR_INTEGERS]
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from rarefy.export.program import Program, trace
 from rarefy.models.folding import fold
 from rarefy.numerics.fixed_point import IBERT
 from rarefy.numerics.ranges import Range
-from rarefy.runtimes.integer import IntegerFile, IntegerNetwork, compiled, export_integer
+from rarefy.runtimes.integer import Fake, IntegerFile, IntegerNetwork, compiled, export_integer, multiplied
 from rarefy.runtimes.integer import steps as integer_steps
+from rarefy.runtimes.integer.fake import readers
 from rarefy.runtimes.integer.steps import Attention, Code, Convolution, Linear, Rescale, Tanh, product
 from small_networks import bert, images, residual, rounded_trees, tokens
 
@@ -112,22 +113,12 @@ def test_no_float_on_the_way(network) -> None:
         assert code.low <= int(values[name].min()) <= int(values[name].max()) <= code.high
 
 
-def readers(case: Case) -> dict[str, str]:
-    """What the step of each operator reads; a Relu that a layer swallowed gives the step its name."""
-    steps = {step.name: step.reads[0] for step in case[2].steps if step.reads}
-    found = {}
-    for op in case[0].exported.graph.nodes:
-        names = [op.name, *(user.name for user in op.users)]
-        found[op.name] = next((steps[name] for name in names if name in steps), "")
-    return found
-
-
 def test_each_step_is_within_one_code_of_fake_quantization(network) -> None:
     """The float operator on what the codes of its inputs stand for, against the codes that the step made."""
     (program, trees, whole), inputs = network
     held = whole.values(whole.codes(inputs))
     makers, apart = whole.makers(), dict[str, int]()
-    reads = readers(network[0])
+    reads = readers(whole, program)
 
     def meant(name: str) -> Tensor:
         return whole.codes_of[name].values(held[name]).contiguous()
@@ -151,22 +142,9 @@ def test_each_step_is_within_one_code_of_fake_quantization(network) -> None:
     assert not beyond, beyond
 
 
-def fake(case: Case, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Floats, with every value that exists in 8 bits rounded."""
-    program, trees, whole = case
-    eight = {name: code for name, code in whole.codes_of.items() if code.dtype == torch.uint8}
-    reads = readers(case)
-
-    def rounded(name: str, values: Tensor) -> Tensor:
-        return eight[name].values(eight[name].of(values)) if name in eight else values
-
-    return program.run(inputs, stored_tensors(program, trees), value=rounded,
-                       argument=lambda name, values: rounded(reads[name], values))
-
-
 def test_the_answers_are_those_of_fake_quantization(network) -> None:
     case, inputs = network
-    expected, found = fake(case, inputs), case[2].answers(inputs)
+    expected, found = Fake(case[2], case[0], case[1]).answers(inputs), case[2].answers(inputs)
     assert found.shape == expected.shape
     assert float((found - expected).norm() / expected.norm()) < 0.02
     exact = case[0].run(inputs, stored_tensors(case[0], case[1]))
@@ -263,6 +241,15 @@ def test_products_are_exact_on_any_processor(monkeypatch: pytest.MonkeyPatch) ->
     for fast in (True, False):
         monkeypatch.setattr(integer_steps, "fast_products_are_exact", lambda fast=fast: fast)
         assert torch.equal(product(x, 9, weight).long(), expected)
+
+
+def test_what_nobody_reads_needs_no_integers() -> None:
+    """The answer of an encoder is its states: its pooler may be stored in any way."""
+    program, trees = trace(bert(pooling=True), tokens(2, 8), (0, 1), fused=True), rounded_trees(
+        bert(pooling=True), GRIDS["int8"])
+    assert "pooler.dense.weight" in program.sites and "pooler.dense.weight" not in multiplied(program)
+    del trees["pooler.dense.weight"]
+    assert compiled(program, trees, [tokens(8, 8)]).answers(tokens(2, 8)).shape == (2, 8, 32)
 
 
 def test_what_has_no_integers() -> None:

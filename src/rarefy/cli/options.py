@@ -31,8 +31,8 @@ MaxKl = Annotated[float | None, typer.Option(
     help="Bound on the mean KL to the original per token. Alone: the smallest file that keeps it.")]
 Target = Annotated[str, typer.Option(
     "--for", metavar="TARGET", rich_help_panel=BUDGET,
-    help="What will load the export: llama.cpp, torch, onnxruntime, openvino, or auto (llama.cpp for "
-         "language models, torch for the rest).")]
+    help="What will load the export: llama.cpp, torch, onnxruntime, openvino, transformers, integer (8-bit "
+         "integers alone), or auto (llama.cpp for language models, torch for the rest).")]
 Effort = Annotated[Efforts, typer.Option("--effort", rich_help_panel=WORK, help="How long it may take.")]
 Data = Annotated[list[str] | None, typer.Option(
     "--data", metavar="DATA", rich_help_panel=WORK, show_default=False,

@@ -104,13 +104,19 @@ def _folded(module: nn.Module, layer_name: str, norm_name: str, example: tuple[T
     return False
 
 
+def gains(norm: Norm) -> Tensor:
+    """What a normalisation in eval mode multiplies each channel by."""
+    assert norm.running_var is not None
+    own = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
+    return own / (norm.running_var + norm.eps).sqrt()
+
+
 def merged(layer: Layer, norm: Norm) -> Layer:
     """A layer that computes what ``layer`` and then ``norm`` (in eval mode) compute."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None and variance is not None
-    gain = torch.ones_like(mean) if norm.weight is None else norm.weight.detach()
+    mean = norm.running_mean
+    assert mean is not None
     offset = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
-    factor = gain / (variance + norm.eps).sqrt()
+    factor = gains(norm)
     bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach()
     done = copy.deepcopy(layer)
     weight = layer.weight.detach() * factor.view(-1, *[1] * (layer.weight.ndim - 1))

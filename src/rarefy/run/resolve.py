@@ -20,6 +20,7 @@ from rarefy.run.samples import Samples
 from rarefy.run.subject import Subject
 from rarefy.run.target import Destination
 from rarefy.run.to_decoder import Writing
+from rarefy.run.to_integer import IntegersAlone
 from rarefy.run.to_llamacpp import LlamaCpp
 from rarefy.run.to_onnx import Traced
 from rarefy.run.to_torch import Torch
@@ -27,7 +28,7 @@ from rarefy.run.to_transformers import Transformers
 
 AUTO = "auto"
 _ALL: tuple[Destination, ...] = (LlamaCpp(), Torch(), *(Traced(engine) for engine in ENGINES),
-                                  Transformers())
+                                  Transformers(), IntegersAlone())
 TARGETS: dict[str, Destination] = {each.target.name: each for each in _ALL}
 WRITING: dict[str, Destination] = {each.target.name: each for each in map(Writing, ENGINES)}
 

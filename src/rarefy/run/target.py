@@ -3,7 +3,7 @@
 ``to_llamacpp`` writes one GGUF file that llama.cpp runs; ``to_torch`` a native folder that keeps every tree,
 run by PyTorch with the kernels that there are for it; ``to_onnx`` a traced graph with the codes in it, run by
 ONNX Runtime or OpenVINO, and ``to_decoder`` the same for language models with their cache;
-``to_transformers`` a checkpoint that transformers and vLLM read.
+``to_transformers`` a checkpoint that transformers and vLLM read; ``to_integer`` a graph of integers alone.
 """
 
 from __future__ import annotations

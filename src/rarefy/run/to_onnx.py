@@ -28,7 +28,7 @@ from rarefy.core.nodes import Node
 from rarefy.core.nouns import Choice, Option, Step
 from rarefy.export.onnx import Exported, OnnxSettings, export_onnx
 from rarefy.export.pieces import Use, codes_like, grid_bytes, runs, uses_of
-from rarefy.export.program import METHODS, Program, trace
+from rarefy.export.program import METHODS, Program, Values, trace
 from rarefy.formats.onnx import Compute
 from rarefy.measure.resources import bytes_on_disk
 from rarefy.measure.task import Judge
@@ -118,7 +118,7 @@ class Traced:
         known."""
         network = self._network(opened)
         if self.shown_to is None:
-            return 4 * sum(prod(param.shape) for param in network.map.params) + _beside(network)
+            return 4 * sum(prod(param.shape) for param in network.map.params) + beside_bytes(network)
         return self._measured(network)[0]
 
     def original_bytes(self, opened: Opened) -> int:
@@ -146,7 +146,7 @@ class Traced:
                 self._write(network, stand_in, place / "small", rounded)
                 self._write(network, {}, place / "original", OnnxSettings())
                 small, original = bytes_on_disk(place / "small"), bytes_on_disk(place / "original")
-            beside = _beside(network)
+            beside = beside_bytes(network)
             self._sizes[network] = max(small - own, 0) + beside, original + beside
         return self._sizes[network]
 
@@ -161,7 +161,7 @@ class Traced:
         if path.exists():
             shutil.rmtree(path)
         done = self._write(network, held, path, self._settings(network, held))
-        _write_beside(network, path)
+        write_beside(network, path)
         self._made = _Made(path, network, done)
         if done.notes:
             warnings.warn(f"{self.target.name} has no form as small for {len(done.notes)} weights: "
@@ -171,7 +171,7 @@ class Traced:
         """What the file computes, by our own evaluation of what went into it."""
         if self._made is None or self._made.path != path:
             return None
-        return Samples(self._made.network.running(Reading(self._made.exported, self._example())))
+        return Samples(self._made.network.running(self._reading(self._made.exported)))
 
     def prove(self, subject: Subject, path: Path, data: Any, effort: Effort, stage: Stage) -> dict[str, Any]:
         """As the runtime computes by itself against the original, and as exactly as it can against us."""
@@ -202,13 +202,17 @@ class Traced:
 
     def beside(self, subject: Subject, path: Path, data: Any, work: Path, effort: Effort, stage: Stage
                ) -> Beside:
-        """The original as float32 in the same runtime."""
         stage.line("the original as float32")
+        return Beside(self.timed(subject, path / self.engine.file, data, work, effort),
+                      lowered=self._lowered())
+
+    def timed(self, subject: Subject, file: Path, data: Shown, work: Path, effort: Effort) -> dict[str, Any]:
+        """The speed of a file beside the original as float32 in the same runtime."""
         original = self.original(subject, work / "original")[0]
         length = _length(data)
-        rows = compare([original, path / self.engine.file], length=length, visits=1 + 2 * effort.repeats)
+        rows = compare([original, file], length=length, visits=1 + 2 * effort.repeats)
         shutil.rmtree(original.parent)
-        return Beside({**_speed(*rows), "tokens": length}, lowered=self._lowered())
+        return {**_speed(*rows), "tokens": length}
 
     def original(self, subject: Subject, folder: Path) -> list[Path]:
         """The uncompressed network as float32: for this runtime, and as a program for PyTorch."""
@@ -237,12 +241,11 @@ class Traced:
         return uses_of(self._network(opened).users(site.path))
 
     def _example(self) -> dict[str, Tensor]:
-        """Two of the longest samples."""
         assert self.shown_to is not None
-        samples = self.shown_to.calibration if len(self.shown_to.calibration) else self.shown_to.evaluation
-        ordered = samples.by_length()
-        last = torch.arange(max(0, len(ordered) - 2), len(ordered))
-        return next(ordered.select(last).batches(2))
+        return example_of(self.shown_to)
+
+    def _reading(self, exported: Exported) -> Reading:
+        return Reading(exported.expected, exported.program.key, self._example())
 
     def _program(self, network: Network) -> Program:
         if network not in self._programs:
@@ -274,7 +277,7 @@ class Traced:
                     done = self._write(network, trees, Path(folder), settings, write=export_onnx)
                     if not done.plan.operators:
                         break
-                    reading = network.running(Reading(done, self._example()))
+                    reading = network.running(self._reading(done))
                     tried.append((judge.compare(reading).mean, METHODS.index(method), settings))
                 if tried and min(tried)[0] - moved <= max(moved, SMALL):
                     return min(tried)[2]
@@ -289,15 +292,16 @@ class Traced:
 
 
 class Reading(nn.Module):
-    """What an exported file should answer, by our own evaluation. example: inputs in the file's order."""
+    """What an exported file should answer, by our own evaluation. key: what the network calls its answer;
+    example: inputs in the file's order."""
 
-    def __init__(self, exported: Exported, example: Mapping[str, Tensor]) -> None:
+    def __init__(self, answers: Callable[[Values], Tensor], key: str, example: Values) -> None:
         super().__init__()
-        self.exported, self.names = exported, tuple(example)
+        self.answers, self.key, self.names = answers, key, tuple(example)
 
     def forward(self, *args: Tensor, **named: Tensor) -> Any:
         given = {TENSOR: args[0]} if args else {name: named[name] for name in self.names}
-        return _named(self.exported.program.key, self.exported.expected(given))
+        return as_given(self.key, self.answers(given))
 
 
 class Asking(nn.Module):
@@ -310,10 +314,10 @@ class Asking(nn.Module):
     def forward(self, *args: Tensor, **named: Tensor) -> Any:
         found = self.session.run({TENSOR: args[0]} if args else named)
         name, values = next(iter(found.items()))
-        return _named(name, torch.from_numpy(values.copy()))
+        return as_given(name, torch.from_numpy(values.copy()))
 
 
-def _named(key: str, values: Tensor) -> Any:
+def as_given(key: str, values: Tensor) -> Any:
     """An answer as the network itself gives it."""
     return values if key == "output" else {key: values}
 
@@ -322,6 +326,13 @@ def _activations(settings: OnnxSettings) -> str:
     """How a receipt says it."""
     return {"float": "floats", "dynamic": "8 bits, a scale for every token",
             "static": f"8 bits, calibrated ranges ({settings.ranges})"}[settings.compute]
+
+
+def example_of(shown: Shown) -> dict[str, Tensor]:
+    """Two of the longest samples."""
+    ordered = (shown.calibration if len(shown.calibration) else shown.evaluation).by_length()
+    last = torch.arange(max(0, len(ordered) - 2), len(ordered))
+    return next(ordered.select(last).batches(2))
 
 
 def _length(data: Shown) -> int:
@@ -346,7 +357,7 @@ def _speed(original: Timed, compressed: Timed) -> dict[str, Any]:
 # ---- what lies beside the graph
 
 
-def _write_beside(network: Network, folder: Path) -> None:
+def write_beside(network: Network, folder: Path) -> None:
     """The tokenizer of a text encoder, and how images are prepared."""
     folder.mkdir(parents=True, exist_ok=True)
     if network.form.takes == "text":
@@ -359,9 +370,10 @@ def _write_beside(network: Network, folder: Path) -> None:
 _BESIDE: WeakKeyDictionary[Network, int] = WeakKeyDictionary()
 
 
-def _beside(network: Network) -> int:
+def beside_bytes(network: Network) -> int:
+    """What that takes."""
     if network not in _BESIDE:
         with tempfile.TemporaryDirectory() as folder:
-            _write_beside(network, Path(folder))
+            write_beside(network, Path(folder))
             _BESIDE[network] = bytes_on_disk(Path(folder))
     return _BESIDE[network]

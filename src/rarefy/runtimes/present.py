@@ -45,7 +45,7 @@ class Machine:
 
 KNOWN = (
     ("llama.cpp", ".gguf files", ("xllamacpp|llama-cpp-python",), "pip install xllamacpp"),
-    ("onnxruntime", ".onnx files", ("onnx", "onnxscript", "onnxruntime|onnxruntime-gpu"),
+    ("onnxruntime", ".onnx files, integers alone too", ("onnx", "onnxscript", "onnxruntime|onnxruntime-gpu"),
      "pip install 'rarefy[onnx]'"),
     ("openvino", ".xml files", ("onnx", "onnxscript", "openvino"), "pip install 'rarefy[openvino]'"),
     ("transformers", "compressed-tensors folders", ("transformers", "compressed-tensors"),

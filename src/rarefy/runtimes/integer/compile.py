@@ -65,12 +65,13 @@ def compiled(program: Program, trees: Mapping[str, Node], calibration: Sequence[
              ) -> IntegerNetwork:
     """The integers of a CNN (BatchNorm folded) or of an encoder.
 
-    trees: 8-bit symmetric codes with one scale a row for every site. calibration, method: as for static
-    8-bit activations. ranges: of the inputs of layers, by the layer's name, where training found them
-    (``Activations.ranges``). erf: the polynomial of GELU. TargetError names the operator or the weight that
+    trees: 8-bit symmetric codes with one scale a row for every site that ``multiplied`` names. calibration,
+    method: as for static 8-bit activations. ranges: of the inputs of layers, by the layer's name, where
+    training found them (``Activations.ranges``). erf: the polynomial of GELU. TargetError names the operator
+    or the weight that
     has no integer form.
     """
-    for path in program.sites:
+    for path in multiplied(program):
         if path not in trees or not computable(trees[path]):
             raise TargetError(f"{path}: integer arithmetic needs codes of at most 8 bits, symmetric, with "
                               "one scale a row; quantize it on int8")
@@ -88,6 +89,12 @@ def compiled(program: Program, trees: Mapping[str, Node], calibration: Sequence[
                               method)
     return _Compiler(program, trees, found, {layers[name]: span for name, span in given.items()},
                      erf).network()
+
+
+def multiplied(program: Program) -> frozenset[str]:
+    """The sites that lead to the answer: not those of a pooler that nobody reads."""
+    needed, reads = {op.name for op in _needed(program)}, program.reads
+    return frozenset(path for name, path in reads.items() if name in needed)
 
 
 class _Compiler:
@@ -142,7 +149,7 @@ class _Compiler:
         """All steps."""
         specs = self.program.exported.graph_signature.input_specs
         inputs = tuple(spec.arg.name for spec in specs if spec.target is None)
-        needed = self._needed()
+        needed = _needed(self.program)
         for op in self._ops():
             if op.op == "placeholder" and _floats(op) and op.name in inputs:
                 self.codes[op.name] = Code.eight(self.ranges[op.name])
@@ -155,17 +162,6 @@ class _Compiler:
         answer = self._name(self.program.answer)
         return IntegerNetwork(tuple(self.steps), inputs, self.codes, self.constants, answer,
                               self.program.key)
-
-    def _needed(self) -> set[Op]:
-        """What leads to the answer: assertions about lengths do not."""
-        (last,) = (op for op in self._ops() if op.name == self.program.answer)
-        found, waiting = set[Op](), [last]
-        while waiting:
-            op = waiting.pop()
-            if op not in found:
-                found.add(op)
-                waiting += op.all_input_nodes
-        return found
 
     # ---- operations
 
@@ -392,6 +388,18 @@ def _sums(found: Integers, given: Code, bias: Tensor | None) -> tuple[Tensor, Te
         scale = np.where(small, least, scale)
     sums = np.round(values / np.where(scale != 0, scale, 1))
     return weight, torch.from_numpy(sums.astype(np.int32)), scale
+
+
+def _needed(program: Program) -> set[Op]:
+    """What leads to the answer: assertions about lengths do not."""
+    (last,) = (op for op in program.exported.graph.nodes if op.name == program.answer)
+    found, waiting = set[Op](), [last]
+    while waiting:
+        op = waiting.pop()
+        if op not in found:
+            found.add(op)
+            waiting += op.all_input_nodes
+    return found
 
 
 def _kind(op: Op) -> str:
