@@ -29,7 +29,9 @@ from typing import Any
 from harness import Ledger, fingerprint, source_sha256, table, write_page
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "attention.md"
-FLOORS = ("numerics", "techniques", "models")
+SOURCES = ("numerics/attention.py", "models/attending.py", "techniques/attention/window.py",
+           "techniques/attention/strided.py", "techniques/attention/linformer.py",
+           "techniques/attention/linear_attention.py")
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 PREFILL = (2048, 8192)
 STEPS = 60
@@ -43,7 +45,7 @@ def main() -> None:
         return
     ledger, found = Ledger(arguments.work / "attention.json"), {}
     for name in STAGES:
-        key = fingerprint(name, source_sha256(*FLOORS), STEPS)
+        key = fingerprint(name, source_sha256(*SOURCES), STEPS)
         if ledger.get(key) is None and name in (arguments.only or STAGES):
             print(name, flush=True)
             ledger.put(key, _fresh(name))
