@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -107,12 +107,42 @@ class Ledger:
         return self._entries.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Add an entry and write the file under a temporary name, then in place."""
-        self._entries[key] = value
+        """Add an entry, as it will be read, and write the file under a temporary name, then in place."""
+        self._entries[key] = json.loads(json.dumps(value))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps(self._entries, indent=1))
         part.replace(self._path)
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """What is in a ledger, and what is not: made now, or left out where only finished rows are wanted.
+
+    rows: only cases with this in their name are made. missing: what was left out, by stage and name.
+    """
+
+    ledger: Ledger
+    finished: bool
+    rows: str
+    missing: list[str]
+
+    def of(self, cases: Mapping[str, Any], what: tuple[object, ...], work: Callable[[Any], Any]
+           ) -> dict[str, Any]:
+        """A result for every case, under what was asked for: other settings, other key. what: first, the
+        name of the stage."""
+        found = {}
+        for name, case in cases.items():
+            key = fingerprint(name, *what)
+            if self.ledger.get(key) is None and not self.finished and self.rows in name:
+                print(name, *what, flush=True)
+                self.ledger.put(key, work(case))
+                print(self.ledger.get(key), flush=True)
+            if self.ledger.get(key) is None:
+                self.missing.append(f"{what[0]}: {name}")
+            else:
+                found[name] = self.ledger.get(key)
+        return found
 
 
 def fingerprint(*parts: object) -> str:

@@ -1,25 +1,30 @@
 """Smaller networks of the same kind: how much faster they are, and what they lose before and after recovery.
 
-    python benchmarks/structure.py --data DATA --work WORK --gemma HF_FOLDER [--only NAME ...]
+    python benchmarks/structure.py --data DATA --work WORK --gemma HF_FOLDER [--only NAME ...] [--rows TEXT]
 
 DATA holds ``wikitext2/valid.txt`` (calibration and recovery) and ``test.raw.txt`` (evaluation only),
 ``mnist/`` as for ``deep_compression.py``, ``sst2/train.tsv``, ``dev.tsv``, ``test.tsv``. HF_FOLDER is what
-``permuted_gemma.py`` writes. Results go to the ledger in WORK; what is there is not run again.
+``permuted_gemma.py`` writes. Results go to the ledger in WORK; what is there is not run again, and the page
+shows all of it, whatever was asked for.
 
     gemma        a quarter of the body's numbers out, by our criteria and those of LLM-Pruner and
                  Torch-Pruning, each recovered alike
     speed        files of the same formats with and without that quarter, timed in llama.cpp
     vocabulary   Gemma and MiniLM without the tokens that a text does not use
+
+and, in ``structure_networks.py``,
+
     cnn          a residual CNN with half of its multiplications, beside Torch-Pruning
+    separable    the same CNN with two cheap convolutions in the place of each
     albert       MiniLM with shared layers, taught by the network that it was made of
+    bottleneck   a student of another shape beside one of fewer blocks
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,9 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deep_compression import Digits, read
-from harness import Ledger, fingerprint, table, write_page
-from rarefy.calibration.examples import Examples, read_examples
+import structure_networks
+from harness import Ledger, Results, table, write_page
 from rarefy.calibration.samples import materialize
 from rarefy.calibration.text import windows
 from rarefy.core.edit import edit
@@ -38,29 +42,20 @@ from rarefy.core.nouns import Step
 from rarefy.core.structure import UnitGroup
 from rarefy.export.gguf import export_gguf, site_bytes
 from rarefy.export.networks import export_network
-from rarefy.export.onnx import export_onnx
 from rarefy.formats.ggml import CODECS
 from rarefy.measure.divergence import Reference
-from rarefy.measure.latency import compare
 from rarefy.models.model import Model, open_model
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
 from rarefy.models.runner import Runner
 from rarefy.models.shrunk import with_tokens
 from rarefy.models.tokens import named_tokens
-from rarefy.run.narrow import filtered, multiplications
 from rarefy.run.reshape import Reshaped, thinned
-from rarefy.run.sharing import share_layers
-from rarefy.run.training import Training, train
 from rarefy.run.trim import trimmed
-from rarefy.runtimes import bench, llamacpp
+from rarefy.runtimes import llamacpp
 from rarefy.techniques.distill.forward_kl import ForwardKL
-from rarefy.techniques.distill.hard_labels import HardLabels
-from rarefy.techniques.distill.soft_labels import SoftLabels
-from rarefy.techniques.prune.filters import Filters
 from rarefy.techniques.prune.units import Units
 from rarefy.techniques.quantize.rtn import RTN
-from rarefy.techniques.share.layers import Layers
 from rarefy.training.examples import Rows
 from rarefy.training.loop import Settings
 from rarefy.training.signals import Distillation
@@ -71,41 +66,16 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "structu
 
 
 def main() -> None:
-    """Run what the ledger does not hold; write the page."""
+    """Run what was asked for and the ledger does not hold; write the page."""
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    results = Results(Ledger(arguments.work / "structure.json"), arguments.finished)
-    parts = []
-    for name in arguments.only:
-        parts += STAGES[name](arguments, results)
-    if results.missing:
-        parts.append("## Not measured yet\n\n" + "\n".join(f"- {each}" for each in results.missing))
+    ledger, parts, missing = Ledger(arguments.work / "structure.json"), list[str](), list[str]()
+    for name, stage in STAGES.items():
+        finished = arguments.finished or name not in arguments.only
+        parts += stage(arguments, Results(ledger, finished, arguments.rows, missing))
+    if missing:
+        parts.append("## Not measured yet\n\n" + "\n".join(f"- {each}" for each in missing))
     write_page(PAGE, "Structure", "python benchmarks/structure.py", [INTRODUCTION, *parts])
-
-
-@dataclass(frozen=True, eq=False)
-class Results:
-    """What is in the ledger, and what is not: made now, or left out where only finished rows are wanted."""
-
-    ledger: Ledger
-    finished: bool
-    missing: list[str] = field(default_factory=list)
-
-    def of(self, cases: Mapping[str, Any], what: tuple[object, ...], work: Callable[[Any], Any]
-           ) -> dict[str, Any]:
-        """A result for every case, under what was asked for: other source, other WORK."""
-        found = {}
-        for name, case in cases.items():
-            key = fingerprint(name, *what)
-            if self.ledger.get(key) is None and not self.finished:
-                print(name, *what, flush=True)
-                self.ledger.put(key, work(case))
-                print(self.ledger.get(key), flush=True)
-            if self.ledger.get(key) is None:
-                self.missing.append(f"{what[0]}: {name}")
-            else:
-                found[name] = self.ledger.get(key)
-        return found
 
 
 # ---- Gemma ---------------------------------------------------------------------------------------------
@@ -135,18 +105,17 @@ class Ranked(Units):
 
 def gemma(arguments: argparse.Namespace, results: Results) -> list[str]:
     """Criteria beside each other."""
-    model = open_model(arguments.gemma)
-
     @cache
-    def texts() -> tuple[Tensor, Tensor, Reference]:
+    def opened() -> tuple[Model, Tensor, Tensor, Reference]:
+        model = open_model(arguments.gemma)
         valid, test = (arguments.data / "wikitext2" / file for file in ("valid.txt", "test.raw.txt"))
         judged = windows(test, model.tokenizer, length=512, count=JUDGED, seed=1)
-        return (windows(valid, model.tokenizer, length=LENGTH, count=WINDOWS, seed=0),
+        return (model, windows(valid, model.tokenizer, length=LENGTH, count=WINDOWS, seed=0),
                 windows(valid, model.tokenizer, length=LESSON, count=LESSONS, seed=2),
                 Reference(model, judged))
 
     def recovered(prune: Callable[[Model, Tensor], Reshaped]) -> dict[str, float]:
-        seen, lessons, reference = texts()
+        model, seen, lessons, reference = opened()
         return _recovered(model, prune(model, seen), lessons, reference, arguments.work / "gemma")
 
     found = results.of(CRITERIA, ("gemma", NEURONS, LESSONS, LESSON, RECOVERY, WINDOWS, JUDGED), recovered)
@@ -255,9 +224,9 @@ def _body(model: Model) -> int:
 
 def speed(arguments: argparse.Namespace, results: Results) -> list[str]:
     """Files of the same format with and without a quarter of the body, in turns."""
-    model, rows = open_model(arguments.gemma), []
-    timed = results.of({name: name for name in FORMATS}, ("speed", NEURONS),
-                       lambda name: _timed(model, name, arguments.work / "gemma"))
+    timed = results.of({name: name for name in FORMATS}, ("speed", NEURONS), lambda name:
+                       _timed(open_model(arguments.gemma), name, arguments.work / "gemma"))
+    rows = []
     if not timed:
         return []
     for name, found in timed.items():
@@ -361,256 +330,12 @@ def _smaller(ref: str, text: Path, other: Path, work: Path) -> dict[str, Any]:
                               for name, each in (("whole", whole), ("small", small))]}
 
 
-# ---- a residual CNN ------------------------------------------------------------------------------------
-
-CHANNELS = 0.375                                             # share that goes
-TRAINED = Settings(epochs=6, batch=64, rate=2e-3, decay=1e-4)
-TAUGHT = replace(TRAINED, epochs=3, rate=1e-3)
-BATCHES = (1, 32)
-
-
-class ResNet(nn.Module):
-    """A stem of stride 2 and three residual blocks of 32, 64 and 128 channels, for images of 28 x 28."""
-
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]),
-                                  nn.ReLU())
-        before = (widths[0], *widths)
-        self.blocks = nn.Sequential(*(Block(inner, outer) for inner, outer in
-                                      zip(before, widths, strict=False)))
-        self.head = nn.Linear(widths[-1], 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
-
-
-class Block(nn.Module):
-    """Two convolutions beside a shortcut, which is a convolution where the width changes."""
-
-    def __init__(self, inner: int, outer: int) -> None:
-        super().__init__()
-        stride = 1 if inner == outer else 2
-        self.one = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-        self.two = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-        self.norm_one, self.norm_two = nn.BatchNorm2d(outer), nn.BatchNorm2d(outer)
-        self.past = nn.Identity() if stride == 1 else nn.Sequential(
-            nn.Conv2d(inner, outer, 1, 2, bias=False), nn.BatchNorm2d(outer))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inside = self.norm_one(self.one(x)).relu()
-        return (self.norm_two(self.two(inside)) + self.past(x)).relu()
-
-
-def cnn(arguments: argparse.Namespace, results: Results) -> list[str]:
-    """Trained, pruned, taught; then timed."""
-    digits = read(arguments.data / "mnist")
-    module = _trained_resnet(digits, arguments.work / "cnn.pt")
-    network = Network.from_module(module, "ResNet")
-    rows, work = [], _work(network)
-    rows.append(("whole", f"{work / 1e6:.2f}", "1.00x", "", f"{100 - 100 * digits.error(module):.2f}%",
-                 *[""] * 4))
-    taught = results.of(PRUNERS, ("cnn", CHANNELS, TRAINED, TAUGHT, digits.train.digest()), lambda prune:
-                        _taught(network, prune(network, digits), digits, arguments.work))
-    for name, found in taught.items():
-        rows.append((name, f"{found['work'] / 1e6:.2f}", f"{work / found['work']:.2f}x",
-                     f"{found['before']:.2%}", f"{found['after']:.2%}", *found["speed"]))
-    head = ("channels", "million multiplications", "fewer", "accuracy before", "accuracy after",
-            *(f"{engine}, batch {size}" for engine in ("PyTorch", "ONNX Runtime") for size in BATCHES))
-    count = len(digits.test)
-    split = "MNIST's test images, split by a seed" if digits.split else "MNIST"
-    said = (f"A residual network of three blocks; {split}: {len(digits.train):,} to train on, {count:,} to "
-            f"judge (one of them is {100 / count:.2f} points). {CHANNELS:.1%} of the channels go, "
-            f"{TAUGHT.epochs:g} epochs of distillation from the unpruned network and the labels follow, the "
-            "same for all. What stays is a multiple of 8 channels, which ours rounds up and Torch-Pruning "
-            "down. Speed is times faster than the unpruned network, one thread, in turns.")
-    return ["## A residual CNN", said, table(head, rows)]
-
-
-def _trained_resnet(digits: Digits, place: Path) -> nn.Module:
-    torch.manual_seed(0)
-    module = ResNet()
-    if not place.is_file():
-        network = Network.from_module(module)
-        tuned = tune(network, {}, Tuning(), Distillation(network, None, ((1.0, HardLabels()),)), digits.train,
-                     TRAINED)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_filled(network, tuned.trees, tuned.params), place)
-    module.load_state_dict(torch.load(place, weights_only=True))
-    return module.eval()
-
-
-def _filled(network: Network, trees: Mapping[str, Node], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a network after training."""
-    state = {name: value.clone() for name, value in network.module.state_dict().items()}
-    state |= {path: network.map.by_path[path].stored(tree.dense()) for path, tree in trees.items()}
-    return state | dict(params)
-
-
-def _filters(**settings: Any) -> Callable[[Network, Digits], Network]:
-    technique = Filters(**{"ratio": CHANNELS, "multiple": 8, **settings})
-    return lambda network, digits: filtered(network, technique, _some(digits)).network
-
-
-def _some(digits: Digits) -> Examples:
-    batch = digits.train.batch(torch.arange(1000))
-    return Examples({"0": batch["0"]}, batch["labels"])
-
-
-def _group_norm(network: Network, digits: Digits) -> Network:
-    """Torch-Pruning's own pruner with its own importance."""
-    import torch_pruning
-
-    module = copy.deepcopy(network.module).requires_grad_(True)
-    images = digits.train.tensors["0"][:2]
-    torch_pruning.pruner.BasePruner(
-        module, images, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=CHANNELS, round_to=8, ignored_layers=[module.head]).step()
-    return Network.from_module(module, network.name)
-
-
-PRUNERS: dict[str, Callable[[Network, Digits], Network]] = {
-    "taylor, refitted": _filters(),
-    "taylor, wherever they cost least": _filters(spread="global", ratio=0.55),
-    "l2": _filters(criterion="l2", compensate=False),
-    "Torch-Pruning: group norm": _group_norm,
-}
-
-
-def _work(network: Network) -> float:
-    return multiplications(network, {"0": torch.zeros(2, 1, 28, 28)})
-
-
-def _taught(network: Network, small: Network, digits: Digits, folder: Path) -> dict[str, Any]:
-    """Accuracy before and after distillation, and how much faster the result is."""
-    before = 1 - digits.error(small.module)
-    rows = answered(network, digits.train, folder / "cnn")
-    tuned = tune(small, {}, Tuning(), Distillation(small, None, ((1.0, SoftLabels()), (0.5, HardLabels()))),
-                 rows, TAUGHT)
-    small.module.load_state_dict(_filled(small, tuned.trees, tuned.params))
-    small.module.eval()
-    return {"work": _work(small), "before": before, "after": 1 - digits.error(small.module),
-            "speed": [*_in_torch(network.module, small.module), *_in_onnx(network, small, folder)],
-            "seconds": tuned.curve.seconds}
-
-
-@torch.no_grad()
-def _in_torch(whole: nn.Module, small: nn.Module) -> list[str]:
-    """Times faster, by batch."""
-    found = []
-    for size in BATCHES:
-        images = torch.randn(size, 1, 28, 28)
-        found.append(f"{compare(_calling(whole, images), _calling(small, images), 9).ratio:.2f}x")
-    return found
-
-
-def _calling(module: nn.Module, images: Tensor) -> Callable[[], int]:
-    def call() -> int:
-        module(images)
-        return len(images)
-
-    return call
-
-
-def _in_onnx(whole: Network, small: Network, folder: Path) -> list[str]:
-    """The same of ONNX files, floats both."""
-    paths = []
-    for name, each in (("whole", whole), ("small", small)):
-        path = folder / f"cnn-{name}.onnx"
-        export_onnx(each.module, {}, path, inputs={"0": torch.randn(2, 1, 28, 28)})
-        paths.append(path)
-    second = bench.compare(paths, batches=BATCHES, visits=9, calls=20, threads=1)[1]
-    return [f"{second.ratio[size]:.2f}x" for size in BATCHES]
-
-
-# ---- ALBERT made of MiniLM -----------------------------------------------------------------------------
-
-SENTENCES = 10_000
-TEACHER = Settings(epochs=1, batch=32, rate=1e-4, patience=0)
-PUPIL = Settings(epochs=2, batch=32, rate=3e-4, patience=0)
-
-
-def albert(arguments: argparse.Namespace, results: Results) -> list[str]:
-    """MiniLM fine-tuned, its layers shared, taught by what it was."""
-    what = ("albert", SENTENCES, PUPIL)
-    if results.finished and not results.of(SHARED, what, lambda technique: None):
-        return []
-    teacher = arguments.teacher or _teacher(arguments)
-    network = open_any(teacher)
-    assert isinstance(network, Network)
-    data = {name: read_examples(network, arguments.data / "sst2" / f"{name}.tsv",
-                                count=SENTENCES if name == "train" else None) for name in ("train", "test")}
-    whole = _accuracy(network, data["test"], {})
-    rows = [("fine-tuned", f"{_encoder(network, {}) / 1e6:.2f}", "1.00x", "", f"{whole:.2%}")]
-    shared = results.of(SHARED, what, lambda technique: _shared(network, technique, data, arguments.work))
-    for name, found in shared.items():
-        rows.append((name, f"{found['numbers'] / 1e6:.2f}", f"{found['fewer']:.2f}x",
-                     f"{found['before']:.2%}", f"{found['after']:.2%}"))
-    head = ("MiniLM-L6", "million numbers in blocks", "fewer", "accuracy before", "accuracy after")
-    said = ("Accuracy on SST-2's test sentences (one standard error is 1 point). Numbers are those stored "
-            "for the six blocks, biases and norms included, the embedding not. The pupil learns the "
-            f"fine-tuned network's answers and the labels of {SENTENCES:,} training sentences, in "
-            f"{PUPIL.epochs:g} passes.")
-    return ["## ALBERT made of MiniLM", said, table(head, rows)]
-
-
-SHARED = {
-    "3 blocks share, fitted": Layers(group=3),
-    "3 blocks share, corrections of rank 16": Layers(group=3, rank=16),
-    "3 blocks share, averaged": Layers(group=3, start="average"),
-    "all 6 blocks share, fitted": Layers(),
-}
-
-
-def _teacher(arguments: argparse.Namespace) -> Path:
-    """MiniLM with a new head, on some of the sentences."""
-    folder, table_ = arguments.work / f"minilm-{SENTENCES}", arguments.work / f"train-{SENTENCES}.tsv"
-    if not (folder / "receipt.json").is_file():
-        lines = (arguments.data / "sst2" / "train.tsv").read_text(encoding="utf-8").splitlines()
-        table_.write_text("\n".join(lines[:SENTENCES + 1]) + "\n", encoding="utf-8")
-        train(Training("all-minilm-l6-v2", folder, (str(table_),), settings=TEACHER))
-    return folder
-
-
-def _shared(network: Network, technique: Layers, data: Mapping[str, Examples], folder: Path
-            ) -> dict[str, float]:
-    """Accuracy before and after distillation; shared matrices are trained once for all that use them."""
-    train_set = data["train"]
-    some = train_set.select(torch.arange(512))
-    trees = share_layers(network, technique, some, dtype=torch.float32).trees
-    before = _accuracy(network, data["test"], network.tensors(trees.get))
-    assert train_set.labels is not None
-    rows = answered(network, Rows({**train_set.inputs, "labels": train_set.labels}), folder / "albert")
-    objective = Distillation(network, None, ((1.0, SoftLabels()), (0.5, HardLabels())))
-    tuned = tune(network, trees, Tuning(frozenset({"weights", "adapters", "norms", "biases"}),
-                                        where=tuple(trees)), objective, rows, PUPIL)
-    after = _accuracy(network, data["test"], network.tensors(tuned.trees.get) | tuned.params)
-    numbers = _encoder(network, tuned.trees)
-    return {"before": before, "after": after, "numbers": numbers, "seconds": tuned.curve.seconds,
-            "fewer": _encoder(network, {}) / numbers}
-
-
-def _encoder(network: Network, trees: Mapping[str, Node]) -> float:
-    """Numbers stored for all blocks: matrices by their bits, vectors."""
-    matrices = sum(trees[site.path].bits() / 32 if site.path in trees else site.shape[0] * site.shape[1]
-                   for site in network.map.sites if site.block is not None)
-    return matrices + sum(param.shape[0] for param in network.map.params if ".layer." in param.path)
-
-
-def _accuracy(network: Network, examples: Examples, tensors: Mapping[str, Tensor]) -> float:
-    ordered, answers = examples.by_length(), []
-    with torch.no_grad():
-        for batch in ordered.batches(32):
-            answers.append(network.run(batch, tensors or None).argmax(1))
-    return float((torch.cat(answers) == ordered.labels).float().mean())
-
-
 # ---- the page ------------------------------------------------------------------------------------------
 
 INTRODUCTION = ("Neurons, heads, channels and layers taken out whole: what is left is a smaller network of "
                 "the standard kind, so that every runtime is faster by what is no longer there.")
 STAGES: dict[str, Callable[[argparse.Namespace, Results], list[str]]] = {
-    "gemma": gemma, "speed": speed, "vocabulary": vocabulary, "cnn": cnn, "albert": albert}
+    "gemma": gemma, "speed": speed, "vocabulary": vocabulary, **structure_networks.STAGES}
 
 
 def _arguments() -> argparse.Namespace:
@@ -620,9 +345,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gemma", type=Path)
     parser.add_argument("--teacher", type=Path, help="MiniLM fine-tuned on SST-2 (default: it is made here)")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--rows", default="", help="only the rows whose name has this in it")
     parser.add_argument("--finished", action="store_true", help="write the page from what is in the ledger")
     arguments = parser.parse_args()
-    if {"gemma", "speed", "vocabulary"} & set(arguments.only) and arguments.gemma is None:
+    if not arguments.finished and {"gemma", "speed", "vocabulary"} & set(arguments.only) \
+            and arguments.gemma is None:
         parser.error("--gemma is missing: the folder that permuted_gemma.py writes")
     return arguments
 

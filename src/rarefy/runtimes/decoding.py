@@ -181,23 +181,27 @@ class Layered:
         return Memory(len(self.blocks), bits,
                       tuple(keep if window is None else Keep(0, window) for window in windows))
 
-    @torch.no_grad()
+    def read(self, text: Int64[Tensor, "1 length"], memory: Memory, chunk: int = 64, skip: int = 0
+             ) -> Iterator[tuple[int, Float[Tensor, "places words"]]]:
+        """The text ``chunk`` tokens at a time: the position where each chunk begins, and what is said behind
+        its tokens; what the memory forgets between two chunks is not there for the next. skip: chunks that
+        begin before this position only give context."""
+        for start in range(0, text.shape[1], chunk):
+            with torch.no_grad():
+                hidden = self.stem(text[:, start:start + chunk], start)
+                for index in range(len(self.cuts) - 1):
+                    hidden = self.part(index, hidden, start, memory)
+                said = self.logits(hidden)[0] if start >= skip else None
+            if said is not None:
+                yield start, said
+
     def likelihoods(self, text: Int64[Tensor, "1 length"], memory: Memory, chunk: int = 64, skip: int = 0
                     ) -> Float[Tensor, " places"]:
-        """Log-likelihood of every token but the first, the text read ``chunk`` tokens at a time; what the
-        memory forgets between two chunks is not there for the next. skip: chunks that begin before this
-        position only give context."""
+        """Log-likelihood of every token but the first; arguments as for ``read``."""
         found = []
-        for start in range(0, text.shape[1], chunk):
-            part = text[:, start:start + chunk]
-            hidden = self.stem(part, start)
-            for index in range(len(self.cuts) - 1):
-                hidden = self.part(index, hidden, start, memory)
-            if start < skip:
-                continue
+        for start, logits in self.read(text, memory, chunk, skip):
             after = text[0, start + 1:start + 1 + chunk]
-            logits = self.logits(hidden)[0, :len(after)].log_softmax(-1)
-            found.append(logits.gather(1, after[:, None])[:, 0])
+            found.append(logits[:len(after)].log_softmax(-1).gather(1, after[:, None])[:, 0])
         return torch.cat(found)
 
     # ---- writing
