@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import rarefy
 from rarefy.core.errors import RecipeError, TargetError
@@ -22,6 +23,23 @@ def test_a_language_model_with_windows(tiny_llama: Path, tmp_path: Path) -> None
     network = rarefy.load(done.out)
     assert said(network.config) == "window"
     assert network.model.layers[0].self_attn.attending.technique.window == 16
+
+
+def test_a_language_model_with_latents(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its matrices are sites like others: rounded in the same recipe, decoded from the folder, run behind a
+    cache."""
+    steps = (Step("latent"), Step("gptq", ("role:kv", "role:k"), {}, "int8"))
+    done = do_recipe(Recipe(str(tiny_llama), steps, target="torch", effort="quick", data=("python-docs",)),
+                     tmp_path / "out")
+    assert 0 < done.receipt["measured"]["float"]["kl_mean"] < 1
+    assert "numbers a token in the place of 128" in done.receipt["axes"][0]["note"]
+    network = rarefy.load(done.out)
+    assert said(network.config) == "latent"
+    tokens = torch.arange(5, 30)[None]
+    network.generation_config.pad_token_id = 2
+    written = network.generate(tokens, max_new_tokens=6, do_sample=False)
+    again = network.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert written.tolist() == again.tolist()
 
 
 def test_an_encoder_with_mixtures(tiny_encoder: Path, tmp_path: Path) -> None:
