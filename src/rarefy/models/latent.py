@@ -7,7 +7,9 @@ With R [rank, in] (``kv_proj``) and U_k, U_v [heads * width, rank] (``k_proj``, 
 ``rarefy_latent`` in a configuration lists the rank of every block; networks that are laid out from it have
 attention as it stands here, whatever the family, and every other part as transformers makes it. A cache is
 any of transformers', or ``runtimes.memory``'s: it is handed the latent in two halves, as keys and values, and
-rounds or forgets them as it would those. Keys and values of what it remembers are made anew at every call.
+rounds or forgets them as it would those. Keys of what it remembers are made anew at every call. Values need
+not be: sum_t a_t (U_v c_t + b_v) = U_v (sum_t a_t c_t) + b_v, so where fewer queries than tokens are at hand,
+attention sums latents, and U_v comes behind it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from rarefy.core.errors import ModelError
 from rarefy.core.structure import KeyValues
-from rarefy.models.attending import LATENT, attention_parts
+from rarefy.models.attending import LATENT, NAME, attention_parts
 from rarefy.models.sources import Source
 
 if TYPE_CHECKING:
@@ -72,7 +74,10 @@ class LatentAttention(nn.Module):
         if past_key_values is not None:
             latent, turns = self._remembered(latent, turns, past_key_values, position_ids)
         query = self.q_norm(self._heads(self.q_proj(hidden_states)))
-        key, value = self.k_norm(self._heads(self.k_proj(latent))), self._heads(self.v_proj(latent))
+        key = self.k_norm(self._heads(self.k_proj(latent)))
+        behind = self._values_behind(query, key)
+        value = (latent[:, None].expand(-1, key.shape[1], -1, -1) if behind
+                 else self._heads(self.v_proj(latent)))
         if self.turns:
             query = self._turn(query, query, *position_embeddings)[0]
             key = self._turn(key, key, *turns)[0]
@@ -80,7 +85,7 @@ class LatentAttention(nn.Module):
         out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling,
                               dropout=self.dropout if self.training else 0.0,
                               sliding_window=self.sliding_window, **rest)
-        return self.o_proj(out.flatten(2)), weights
+        return self.o_proj((self._values(out) if behind else out).flatten(2)), weights
 
     def _remembered(self, latent: Tensor, turns: tuple[Tensor, Tensor], past: Any,
                     positions: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -97,6 +102,19 @@ class LatentAttention(nn.Module):
         else:
             places = torch.cat([old.expand(len(positions), -1), positions], 1)
         return latent, self.rotary(latent, places, *self.kind)
+
+    def _values_behind(self, query: Tensor, key: Tensor) -> bool:
+        """Whether U_v is cheaper behind the sum; our own attention wants values as wide as keys."""
+        fewer = query.shape[1] * query.shape[2] < key.shape[1] * key.shape[2]
+        return fewer and type(self.v_proj) is nn.Linear and self.config._attn_implementation != NAME
+
+    def _values(self, sums: Tensor) -> Tensor:
+        """Sums of latents [batch, n, heads, rank] as sums of values [batch, n, heads, width]."""
+        up = self.v_proj.weight.unflatten(0, (-1, self.head_dim))  # [groups, width, rank]
+        values = torch.einsum("bngsr,gwr->bngsw", sums.unflatten(2, (len(up), -1)), up)
+        if self.v_proj.bias is not None:
+            values = values + self.v_proj.bias.unflatten(0, (len(up), 1, -1))
+        return values.flatten(2, 3)
 
     def _heads(self, values: Tensor) -> Tensor:
         return values.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

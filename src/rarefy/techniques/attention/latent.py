@@ -12,8 +12,8 @@ of the singular value decomposition
 
 These are nats, so blocks can be compared: under ``spread: global`` the components that are worth least go,
 wherever they stand. Keys are turned by their positions (and normed, where a family does) after U_k, so that
-positions need no channels of their own, as DeepSeek's have; what is remembered is multiplied out at every
-step: less memory, not less time.
+positions need no channels of their own, as DeepSeek's have; the price is that keys are made anew of all that
+is remembered at every step: less memory, not less time.
 
 Paper: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.2 (the latent); Meng et al. 2025, "TransMLA", section 4
 (a trained model's keys and values balanced, then factored together); Chang et al. 2024, "Palu: Compressing
