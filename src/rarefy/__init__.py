@@ -63,10 +63,9 @@ def load(ref: Path | str, *, fast: bool = False, exits: bool = True, **settings:
     does not train. Otherwise all are decoded. ``dtype``: torch's type of the weights, float32 if not given.
     ``into``: a module of the same class, when the network is not one of transformers but your own.
     """
-    from rarefy.export.networks import EXITS, native_folder  # importing rarefy must not import torch
+    from rarefy.export.networks import has_exits  # importing rarefy must not import torch
 
-    folder = native_folder(ref)
-    if exits and folder is not None and (folder / EXITS).is_file():
+    if exits and has_exits(ref):
         from rarefy.runtimes.exits import load as load_exits
 
         return load_exits(ref, fast=fast, **settings)

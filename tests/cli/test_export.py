@@ -109,3 +109,34 @@ def test_a_checkpoint_for_transformers(cli: Any, quantized: Path, tmp_path: Path
     told = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
     assert told["config_groups"]["group_0"]["weights"]["group_size"] == 32
     assert (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_a_classifier_leaves_early_in_a_graph(cli: Any, tiny_encoder: Path, tmp_path: Path) -> None:
+    """What ``rarefy exits`` writes: int8 blocks, heads, a threshold; in ONNX Runtime alone."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    import torch
+
+    from rarefy.core.structure import ExitRule
+    from rarefy.export.networks import export_network
+    from rarefy.export.onnx import GRIDS
+    from rarefy.models.network import Network
+    from rarefy.models.opening import open_any
+    from rarefy.runtimes.exits import Exits, Heads, Stepped, save
+    from small_networks import rounded_trees
+
+    network = open_any(tiny_encoder)
+    assert isinstance(network, Network)
+    trees = rounded_trees(network.module, GRIDS["int8"])
+    export_network(network, trees, tmp_path / "out")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        heads = Heads(1, 64, 2)
+    save(Exits(Stepped(network), (0,), heads, rule=ExitRule(0.52, 0.0, 0.0)), tmp_path / "out")
+    done = cli("export", str(tmp_path / "out"), "--for", "openvino", "-o", str(tmp_path / "graph"))
+    assert done.exit_code == 7 and "goes into files for onnxruntime alone" in done.stderr
+    done = cli("export", str(tmp_path / "out"), "--for", "onnxruntime", "-o", str(tmp_path / "graph"))
+    assert done.exit_code == 0, done.stderr
+    assert {each.name for each in (tmp_path / "graph").iterdir()} >= {"model.onnx", "tokenizer.json"}
+    session = onnxruntime.InferenceSession(tmp_path / "graph" / "model.onnx")
+    assert [each.name for each in session.get_outputs()] == ["logits", "blocks"]

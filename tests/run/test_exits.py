@@ -104,7 +104,7 @@ def test_what_cannot_work(exits: Any, error: type[Exception], match: str, tiny_e
 
 
 def test_other_targets_and_models(tiny_encoder: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="PyTorch only"):
+    with pytest.raises(TargetError, match="in PyTorch only"):
         do_recipe(Recipe(str(tiny_encoder), (), target="onnxruntime", exits=Exiting((0,))), tmp_path / "a")
     with pytest.raises(RecipeError, match="for classifiers"):
         do_recipe(Recipe(str(tiny_llama), (), target="torch", exits=Exiting((0,))), tmp_path / "b")

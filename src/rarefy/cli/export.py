@@ -33,13 +33,16 @@ def export(
     *, target: Target = "llama.cpp", out: Place, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
     """Write a language model for another target: llama.cpp (one .gguf file, also for auto), native,
-    transformers, onnxruntime or openvino (a folder).
+    transformers, onnxruntime or openvino (a folder); or a classifier with exits for onnxruntime.
 
     Codes and scales go over as they are; nothing is rounded a second time.
     """
     from rarefy.export.compressed_tensors import TRANSFORMERS
     from rarefy.export.gguf import LLAMA_CPP
-    from rarefy.export.native import NATIVE, export_native
+    from rarefy.export.native import NATIVE
+    from rarefy.export.networks import has_exits
+    from rarefy.export.onnx import ONNXRUNTIME
+    from rarefy.run.exits import export_early
     from rarefy.run.resolve import AUTO, WRITING
 
     known = [AUTO, LLAMA_CPP.name, NATIVE.name, TRANSFORMERS.name, *WRITING]
@@ -48,20 +51,32 @@ def export(
     target = LLAMA_CPP.name if target == AUTO else target
     if target in WRITING:
         WRITING[target].ready()
+    exits = has_exits(source)
+    if exits and target != ONNXRUNTIME.name:
+        raise TargetError(f"{source}: a classifier with exits goes into files for {ONNXRUNTIME.name} alone; "
+                          f"pass --for {ONNXRUNTIME.name}")
     with staged(out, overwrite=overwrite) as partial, progress().stage(f"export for {target}"):
-        model, trees = _opened(source)
-        if target == NATIVE.name:
-            size = export_native(model, trees, partial)
-        elif target == TRANSFORMERS.name:
-            size = _transformers(model, trees, partial)
-        elif target in WRITING:
-            size = _graph(model, trees, partial, target)
-        else:
-            size = _gguf(model, trees, partial)
+        size = export_early(source, partial) if exits else _language(source, partial, target)
     if as_json:
         dump({"path": out, "bytes": size, "target": target})
     else:
         show(f"{out}  {words.size(size)}")
+
+
+def _language(source: Path, partial: Path, target: str) -> int:
+    """A language model for a target; bytes."""
+    from rarefy.export.compressed_tensors import TRANSFORMERS
+    from rarefy.export.native import NATIVE, export_native
+    from rarefy.run.resolve import WRITING
+
+    model, trees = _opened(source)
+    if target == NATIVE.name:
+        return export_native(model, trees, partial)
+    if target == TRANSFORMERS.name:
+        return _transformers(model, trees, partial)
+    if target in WRITING:
+        return _graph(model, trees, partial, target)
+    return _gguf(model, trees, partial)
 
 
 def _opened(source: Path) -> tuple[Model, dict[str, Any]]:

@@ -96,6 +96,12 @@ def stored_trees(model: Model | Network) -> dict[str, Node]:
             return {site.path: Dense(model.weight(site.path)) for site in model.map.sites}
 
 
+def has_exits(ref: Path | str) -> bool:
+    """Whether a folder, or that of a job, holds a network with exits."""
+    folder = native_folder(ref)
+    return folder is not None and (folder / EXITS).is_file()
+
+
 def _network(folder: Path, held: Native, into: nn.Module | None) -> Network:
     name = str(held.config.get("name") or folder.name)
     form = _form(folder, held.config.get("form"))

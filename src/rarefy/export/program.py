@@ -157,15 +157,16 @@ def traced(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], s
 def _attention(module: nn.Module, how: str) -> Iterator[None]:
     """transformers' attention as plain products (``eager``) or as one operator. The exporter guards every row
     of the latter's scores against NaN, which takes a runtime more time than the softmax."""
-    if not isinstance(module, PreTrainedModel):
+    found = next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
+    if found is None:
         yield
         return
-    before = module.config._attn_implementation
-    module.set_attn_implementation(how)
+    before = found.config._attn_implementation
+    found.set_attn_implementation(how)
     try:
         yield
     finally:
-        module.set_attn_implementation(before)
+        found.set_attn_implementation(before)
 
 
 def _two(values: Tensor) -> Tensor:

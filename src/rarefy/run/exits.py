@@ -13,28 +13,38 @@ from typing import Any
 import torch
 
 from rarefy.calibration.examples import Examples, read_examples
+from rarefy.calibration.text import PYTHON_DOCS
 from rarefy.core.errors import DataError, RecipeError, TargetError, did_you_mean
+from rarefy.core.nodes import Dense
 from rarefy.core.nouns import Exiting, Step
 from rarefy.export.networks import export_network, opened, stored_trees
+from rarefy.export.onnx import OnnxSettings
+from rarefy.formats.onnx import coarse
+from rarefy.measure.resources import bytes_on_disk
 from rarefy.models.model import Model
 from rarefy.models.network import Network
+from rarefy.run.engines import ENGINES
 from rarefy.run.planning import build_exit
 from rarefy.run.progress import Stage
 from rarefy.run.samples import joined
 from rarefy.run.target import Opened
+from rarefy.run.to_onnx import write_beside
+from rarefy.runtimes.exit_graph import export_exits
 from rarefy.runtimes.exit_training import TOGETHER, TRAINING, together, trained
-from rarefy.runtimes.exits import Exits, Stepped, measured, places, save
+from rarefy.runtimes.exits import Exits, Stepped, load, measured, places, save
 from rarefy.techniques.depth.early_exit import EarlyExit
 from rarefy.training.loop import Settings
 
 CALIBRATES = 0.2  # the share of the data that chooses the threshold, where no other data does
 BATCHES = (1, 32)
+SHOWN = 128  # texts by which an exported graph is compared
 
 
 def check_exits(asked: Exiting, model: Opened, target: str) -> None:
     """Refuse what cannot work before any work is done."""
     if target != "torch":
-        raise TargetError(f"{target}: exits run in PyTorch only; leave target out, or say torch")
+        raise TargetError(f"{target}: exits are made in PyTorch only; leave target out, or say torch "
+                          "(rarefy export writes what came out for onnxruntime)")
     if isinstance(model, Model):
         raise RecipeError(f"{model.name}: exits in a recipe are for classifiers; a language model's are in "
                           "rarefy.runtimes.decoding")
@@ -74,6 +84,24 @@ def add_exits(asked: Exiting, original: Network, data: tuple[Any, ...], judged: 
     return {**found, "after": list(asked.after), "threshold": exits.rule.threshold,
             "together": asked.together, "samples": {"learn": len(train), "calibrate": len(calibration),
                                                     "judge": len(judged)}}
+
+
+def export_early(source: Path, folder: Path) -> int:
+    """Write the classifier with exits of a native folder for ONNX Runtime, with its tokenizer, and compare
+    what it answers with our own evaluation; bytes. Weights of few bits are multiplied in 8."""
+    ENGINES[0].ready()
+    exits = load(source).exits
+    network = exits.stepped.network
+    trees = {path: tree for path, tree in stored_trees(network).items() if not isinstance(tree, Dense)}
+    samples = read_examples(network, PYTHON_DOCS, count=SHOWN).by_length()
+    batches = list(samples.batches(BATCHES[-1]))
+    settings = OnnxSettings("dynamic" if any(map(coarse, trees.values())) else "float")
+    folder.mkdir(parents=True)
+    file = export_exits(exits, trees, folder / ENGINES[0].file, inputs=batches[-1], settings=settings,
+                        calibration=batches)
+    file.verify(batches)
+    write_beside(network, folder)
+    return bytes_on_disk(folder)
 
 
 def _samples(asked: Exiting, network: Network, data: tuple[Any, ...], judged: Examples, seed: int

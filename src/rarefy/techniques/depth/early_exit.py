@@ -78,8 +78,8 @@ class EarlyExit:
                 log = last.log_softmax(-1)
                 return 1 + (log.exp() * log).sum(-1) / math.log(last.shape[-1])
         chosen = logits.argmax(-1)
-        same = (chosen == chosen[-1]).flip(0).long().cumprod(0).sum(0)
-        return same / exits
+        row = [(chosen[place:] == chosen[-1]).all(0) for place in range(len(chosen))]
+        return torch.stack(row).sum(0) / exits
 
     def leaves(self, answers: ExitAnswers, threshold: float) -> Int64[Tensor, " samples"]:
         """The exit at which each sample leaves."""
