@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rarefy.core.errors import ModelError, TargetError
 from rarefy.core.nouns import Recipe, Step
+from rarefy.export.decoder import trace_decoder
 from rarefy.export.metadata import architecture_metadata
 from rarefy.export.native import export_native, network_of, open_native
 from rarefy.measure.divergence import Reference
@@ -116,6 +117,8 @@ def test_a_folder_keeps_it(tiny_gemma3: Path, text: Tensor, tmp_path: Path) -> N
     torch.testing.assert_close(logits(again, text), logits(half, text))
     with pytest.raises(TargetError, match="latent attention"):
         architecture_metadata(half.map.family, half.config, 512)
+    with pytest.raises(TargetError, match="has latent attention, and graphs"):
+        trace_decoder(network_of(half))
     with pytest.raises(TargetError, match=r"latent: llama\.cpp computes ordinary attention"):
         check_attention(Recipe("", (Step("latent"),)), "llama.cpp")
 

@@ -24,6 +24,7 @@ from rarefy.core.nodes import Node
 from rarefy.export.onnx import Exported, OnnxSettings, export_onnx
 from rarefy.export.openvino import export_openvino, openvino_package
 from rarefy.export.program import Program, traced
+from rarefy.models.attending import said
 from rarefy.models.families import head_width
 from rarefy.models.network import map_network
 
@@ -128,6 +129,9 @@ def trace_decoder(network: Any) -> Decoder:
 
     TargetError where a family's attention cannot be written down with masks that are computed here.
     """
+    if kind := said(network.config):
+        raise TargetError(f"{type(network).__name__}: has {kind} attention, and graphs compute ordinary "
+                          "attention; choose the native format")
     network.set_attn_implementation("eager")
     wrapped, layout = Cached(network.eval()), Layout.of(network.config)
     tokens = torch.arange(6).reshape(2, 3) % network.config.vocab_size
