@@ -179,8 +179,8 @@ def verdict(found: dict[str, Any]) -> str:
     share = found["everything"]["bytes"]
     better = "rounding" if rounded["kl"] < latent["kl"] and rounded["bytes"] < latent["bytes"] else "neither"
     return (f"Of the two, {better} is better in both: 4 bits hold {rounded['bytes'] / share:.0%} at "
-            f"{rounded['kl']:.3f} nats, a latent of half {latent['bytes'] / share:.0%} at {latent['kl']:.3f}, "
-            f"and in 8 bits {both['bytes'] / share:.0%} at {both['kl']:.3f}.")
+            f"{rounded['kl']:.3f} nats, a latent of half {latent['bytes'] / share:.0%} at "
+            f"{latent['kl']:.3f}, and in 8 bits {both['bytes'] / share:.0%} at {both['kl']:.3f}.")
 
 
 if __name__ == "__main__":
