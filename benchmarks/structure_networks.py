@@ -242,7 +242,7 @@ def _in_onnx(whole: Network, small: Network, folder: Path) -> list[str]:
 
 SENTENCES = 10_000
 TEACHER = Settings(epochs=1, batch=32, rate=1e-4, patience=0)
-PUPIL = Settings(epochs=1, batch=32, rate=3e-4, patience=0)
+PUPIL = Settings(epochs=2, batch=32, rate=3e-4, patience=0)
 
 
 @dataclass(frozen=True, eq=False)
