@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarefy.numerics import coding
-from rarefy.numerics.masks import code_mask, decode_mask, tile_of
+from rarefy.numerics.masks import code_mask, decode_mask, mask_size, tile_of
 
 
 def array(data: bytes) -> np.ndarray:
@@ -49,6 +49,14 @@ for _kept, _group in ((2, 4), (1, 4), (4, 8), (8, 16), (3, 5), (7, 10)):
     _places = noise(96 * 240 // _group, _group).argsort(1).argsort(1)
     MASKS[f"{_kept}:{_group}"] = ((_places < _kept).view(SHAPE),
                                   96 * 240 / _group * log2(comb(_group, _kept)) / 8 + 12)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1], (96 * 240,), (0, 4)])
+def test_sizes_are_those_of_the_codes(shape: tuple[int, ...]) -> None:
+    """Also the second time, and of the same entries in another shape."""
+    entries = (noise(*SHAPE, seed=5) * torch.linspace(0, 2, 240) < 0.5).reshape(-1)
+    keep = entries[:int(np.prod(shape))].reshape(shape)
+    assert [mask_size(keep) for _ in range(2)] == [len(code_mask(keep))] * 2
 
 
 @pytest.mark.parametrize("name", MASKS)

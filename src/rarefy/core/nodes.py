@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rarefy.numerics.coding import code_symbols
 from rarefy.numerics.grids import Grid, Stored
-from rarefy.numerics.masks import code_mask
+from rarefy.numerics.masks import mask_size
 from rarefy.numerics.rounding import Fit, Number
 
 
@@ -233,7 +233,7 @@ class Masked(Node):
 
     @cached_property
     def _mask_bits(self) -> int:
-        return 8 * len(code_mask(self.keep))
+        return 8 * mask_size(self.keep)
 
     def select(self, axis: int, index: Tensor) -> Masked:
         return Masked(self.keep.index_select(axis, index), self.inner.select(axis, index))

@@ -15,6 +15,7 @@ become one entry. What is left is coded in the shortest of these ways:
 from __future__ import annotations
 
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import combinations
 from math import comb
 
@@ -46,6 +47,8 @@ COLUMNS, ROWS, GAPS = 9, 10, 11  # in the place of a width: under the density of
 LONGEST = (15, 63, 255)  # gaps are told apart up to these
 DENSITIES = 64  # that a column may have, evenly spaced in their logarithm of odds, in 2^-16
 STRIPPED, TILED = 1, 2  # flags in a mask's first byte
+REMEMBERED = 4096  # masks whose size is
+_SIZES: dict[tuple[tuple[int, ...], bytes], int] = {}
 
 
 def code_mask(keep: Bool[Tensor, "*shape"]) -> bytes:
@@ -60,6 +63,17 @@ def code_mask(keep: Bool[Tensor, "*shape"]) -> bytes:
         inner = _tiled(grid[rows][:, columns], STRIPPED)
         ways.append(inner[:1] + dead + inner[1:])
     return min(ways, key=len)
+
+
+def mask_size(keep: Bool[Tensor, "*shape"]) -> int:
+    """The bytes of ``code_mask(keep)``; of a mask that was asked for before, as planners do, it is known."""
+    shape, packed = tuple(keep.shape), np.packbits(keep.detach().cpu().reshape(-1).numpy())
+    key = (shape, blake2b(packed.tobytes(), digest_size=16).digest())
+    if key not in _SIZES:
+        if len(_SIZES) >= REMEMBERED:
+            _SIZES.clear()
+        _SIZES[key] = len(code_mask(keep))
+    return _SIZES[key]
 
 
 def decode_mask(data: np.ndarray, shape: tuple[int, ...]) -> Bool[Tensor, "*shape"]:
