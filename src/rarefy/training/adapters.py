@@ -74,7 +74,7 @@ class Adapted:
         """Train the adapters; arguments as for ``tune``."""
         task = Learning(Student(self.module, {}), objective)
         identity = {"adapter": f"{self.kind} {self.width}"}
-        return fit(task, examples, settings, gate=held_out(task, held), folder=folder, identity=identity,
+        return fit(task, examples, settings, gate=held_out(task, held, settings.micro or settings.batch), folder=folder, identity=identity,
                    advance=advance)
 
     def save(self, folder: Path, base: str) -> None:

@@ -202,7 +202,8 @@ def order(examples: Examples, batch: int, seed: int, epoch: int) -> Tensor:
 
 
 def held_out(task: Task, examples: Examples, batch: int = 64) -> Gate:
-    """The gate that is the mean loss on ``examples``."""
+    """The gate that is the mean loss on ``examples``. batch: how many go through the network at once; answers
+    of a language model are large, and more than training takes at once would be the peak of the memory."""
     lengths = examples.lengths()
     numbers = torch.arange(len(examples)) if lengths is None else lengths.argsort(stable=True)
 
