@@ -31,7 +31,8 @@ task = Regression()
 def advance(done, total):
     if done == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-curve = fit(task, rows(), SETTINGS, gate=held_out(task, rows(1)), folder=Path(sys.argv[2]), advance=advance)
+gate = held_out(task, rows(1), SETTINGS)
+curve = fit(task, rows(), SETTINGS, gate=gate, folder=Path(sys.argv[2]), advance=advance)
 torch.save((dict(task.state_dict()), [p.loss for p in curve.points], curve.best), Path(sys.argv[2]) / "done")
 """
 
@@ -69,7 +70,7 @@ def trained(settings: Settings, task: Task | None = None, **more: object) -> tup
 
 def test_it_learns_and_keeps_the_best(tmp_path: Path) -> None:
     task = Regression()
-    gate = held_out(task, rows(1))
+    gate = held_out(task, rows(1), SETTINGS)
     task.eval()
     with torch.no_grad():
         before = gate()

@@ -55,7 +55,7 @@ def trained(network: Network, examples: Examples, after: Sequence[int], settings
     heads = _heads(len(after), rows.tensors["features"].shape[-1] // 2, rows.tensors[ROWS].shape[1], settings)
     task = _Lesson(heads)
     train, held = rows.split(0.1, settings.seed)
-    fit(task, train, settings, gate=held_out(task, held, settings.micro or settings.batch))
+    fit(task, train, settings, gate=held_out(task, held, settings))
     return Exits(stepped, after, heads.requires_grad_(False))
 
 

@@ -74,8 +74,8 @@ class Adapted:
         """Train the adapters; arguments as for ``tune``."""
         task = Learning(Student(self.module, {}), objective)
         identity = {"adapter": f"{self.kind} {self.width}"}
-        return fit(task, examples, settings, gate=held_out(task, held, settings.micro or settings.batch), folder=folder, identity=identity,
-                   advance=advance)
+        return fit(task, examples, settings, gate=held_out(task, held, settings), folder=folder,
+                   identity=identity, advance=advance)
 
     def save(self, folder: Path, base: str) -> None:
         """The adapters alone: a folder that PEFT reads, or that ``with_bottlenecks`` does. base: of which

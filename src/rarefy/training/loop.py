@@ -201,15 +201,15 @@ def order(examples: Examples, batch: int, seed: int, epoch: int) -> Tensor:
     return whole if lengths is None else whole[torch.randperm(len(whole), generator=generator)]
 
 
-def held_out(task: Task, examples: Examples, batch: int = 64) -> Gate:
-    """The gate that is the mean loss on ``examples``. batch: how many go through the network at once; answers
-    of a language model are large, and more than training takes at once would be the peak of the memory."""
+def held_out(task: Task, examples: Examples, settings: Settings) -> Gate:
+    """The gate that is the mean loss on ``examples``, as many at once as training takes: a language model's
+    answers are large, and more of them would be the peak of the memory."""
     lengths = examples.lengths()
     numbers = torch.arange(len(examples)) if lengths is None else lengths.argsort(stable=True)
 
     def judge() -> float:
         total = units = 0.0
-        for index in numbers.split(batch):
+        for index in numbers.split(settings.micro or settings.batch):
             loss = task(_moved(examples.batch(index), _device(task)))
             total, units = total + float(loss.total), units + float(loss.units)
         return total / max(units, 1.0)

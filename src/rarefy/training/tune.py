@@ -102,7 +102,7 @@ def tune(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, objectiv
     student = student_of(network, trees, tuning, settings, steps=settings.total(len(examples)))
     task = Learning(student, objective)
     if gate is None and held is not None:
-        gate = held_out(task, held, settings.micro or settings.batch)
+        gate = held_out(task, held, settings)
     names = {"network": network.name, "moves": ", ".join(sorted(tuning.moves)),
              "technique": repr(tuning.technique), "activations": repr(tuning.activations),
              **(identity or {})}
