@@ -2,13 +2,15 @@
 
     python benchmarks/runtimes.py --data DATA --work WORK                  # MiniLM; about ten minutes
     python benchmarks/runtimes.py --data DATA --work WORK --gemma FOLDER   # and a language model
+    python benchmarks/runtimes.py --data DATA --work WORK --exits FOLDER   # and a classifier with exits
 
-Sentence embeddings of MiniLM-L6 in ONNX Runtime and OpenVINO: the files of ``rarefy compress`` at two
-sizes, the original as ``torch.onnx.export`` and OpenVINO's converter write it, ONNX Runtime's own dynamic 8
-bits, and NNCF's post-training quantization where ``--nncf`` names a Python that has it. Answers are compared
-in the runtime as it computes by itself, on SST-2's development sentences; calibration, ours and NNCF's, sees
-sentences of the training set. Speed is measured in turns (``runtimes.bench``) with 64 tokens. ``--own``
-measures processor time of one thread, which other work on the machine hardly changes.
+Sentence embeddings of MiniLM-L6 in ONNX Runtime and OpenVINO: the files of ``rarefy compress`` at two sizes
+and of a recipe that trains (``recipes/embeddings_12mb.yaml``), the original as ``torch.onnx.export`` and
+OpenVINO's converter write it, ONNX Runtime's own dynamic 8 bits, and NNCF's post-training quantization
+where ``--nncf`` names a Python that has it. Answers are compared in the runtime as it computes by itself,
+on SST-2's development sentences; calibration, ours and NNCF's, and training see sentences of the training
+set. Speed is measured in turns (``runtimes.bench``) with 64 tokens. ``--own`` measures processor time of
+one thread, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,25 @@ from rarefy.calibration.examples import Examples, read_examples
 from rarefy.core.nodes import Quantized
 from rarefy.export.decoder import export_decoder, trace_decoder
 from rarefy.export.networks import live
-from rarefy.export.onnx import OnnxSettings
+from rarefy.export.onnx import OnnxSettings, export_onnx
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
 from rarefy.numerics.grids import integer_grid
 from rarefy.numerics.rounding import encode, fit
+from rarefy.run.recipe import read_recipe, write_recipe
 from rarefy.runtimes.bench import bytes_of, compare, compare_writers, engine_of
+from rarefy.runtimes.exit_graph import export_exits
+from rarefy.runtimes.exits import load as load_exits
 from rarefy.runtimes.session import Session
 
 MODEL, LENGTH, JUDGED, SHOWN = "all-minilm-l6-v2", 64, 256, 300
+SENTENCES, CALLS = 200, 5  # that leave early, and calls of each
+SECTIONS = ("minilm", "gemma", "exits")
 SIZES = ("25.5MB", "12.7MB")  # of the whole folder, tokenizer (0.7 MB) included
 ENGINES = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "runtimes.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RECIPE = ROOT / "docs" / "benchmarks" / "runtimes.md", ROOT / "recipes" / "embeddings_12mb.yaml"
 NNCF = """
 import sys, numpy, openvino, nncf
 source, samples, out = sys.argv[1:]
@@ -80,7 +88,22 @@ def jobs(work: Path, data: Path, effort: str, *, finished: bool) -> dict[str, li
                            engine, "--effort", effort, "--data", data / "sst2" / "train.tsv", "--eval-data",
                            data / "sst2" / "dev.tsv", "-o", out, "--overwrite"], work / f"{out.name}.log")
             found[engine].append(File(f"rarefy --to {size}", out / "model" / file))
+        out = work / f"{engine}-recipe"
+        if not (out / "model" / file).is_file() and not finished:
+            print(f"rarefy run {RECIPE.name}, target {engine}", flush=True)
+            trained(engine, data, out)
+        if (out / "model" / file).is_file():
+            found[engine].append(File(f"rarefy run {RECIPE.name}", out / "model" / file))
     return found
+
+
+def trained(engine: str, data: Path, out: Path) -> None:
+    """The recipe on this machine's data, for one runtime."""
+    train, judged = (str(data / "sst2" / f"{name}.tsv") for name in ("train", "dev"))
+    recipe = replace(read_recipe(RECIPE), target=engine, data=(train,), eval_data=(judged,))
+    out.with_suffix(".yaml").write_text(write_recipe(recipe), encoding="utf-8")
+    run_fresh([Path(sys.executable).with_name("rarefy"), "run", out.with_suffix(".yaml"), "-o", out,
+               "--overwrite"], out.with_suffix(".log"))
 
 
 def originals(work: Path, network: Network, sample: dict[str, torch.Tensor]) -> dict[str, Path]:
@@ -180,6 +203,40 @@ GIVEN = ("NNCF and ONNX Runtime's dynamic 8 bits as they were measured elsewhere
          "(1.7 times).")
 
 
+def leaving(args: argparse.Namespace) -> list[str]:
+    """The part about exits: one sentence at a time, in the graph that stops and in that of the network."""
+    exits = load_exits(args.exits).exits
+    network = exits.stepped.network
+    read = read_examples(network, args.data / "sst2" / "test.tsv", count=SENTENCES, seed=0)
+    batches = list(read.batches(1))
+    paths = [args.work / f"exits-{name}.onnx" for name in ("whole", "early")]
+    example = next(read.by_length().batches(len(read)))
+    export_onnx(network.module, {}, paths[0], inputs=example, dynamic=(0, 1))
+    export_exits(exits, {}, paths[1], inputs=example).verify(batches)
+    seconds, said, blocks = [0.0, 0.0], list[list[int]]([[], []]), []
+    threads = 1 if args.own else 2
+    with Session(paths[0], "onnxruntime", threads=threads) as whole, Session(
+            paths[1], "onnxruntime", threads=threads) as early:
+        for inputs in batches:
+            for place, session in enumerate((whole, early)):
+                seconds[place] += min(session.latency(inputs, CALLS, own=args.own)) / len(batches)
+                said[place].append(int(session.answer(inputs).argmax()))
+            blocks.append(int(early.run(inputs)["blocks"][0]))
+    same = sum(a == b for a, b in zip(*said, strict=True)) / len(batches)
+    head = ["file", "MB", "blocks, mean", "same answer", "ms a sentence", "times as fast"]
+    total = len(exits.stepped.blocks)
+    rows = [[name, f"{bytes_of(path) / 1e6:.1f}", f"{mean:.2f}", f"{share:.1%}", f"{1000 * taken:.1f}",
+             f"{seconds[0] / taken:.2f}"] for name, path, mean, share, taken in (
+                 ("the network", paths[0], float(total), 1.0, seconds[0]),
+                 ("with exits", paths[1], sum(blocks) / len(blocks), same, seconds[1]))]
+    rule = exits.technique
+    return [f"## Leaving early in ONNX Runtime\n\nA classifier of {total} blocks with exits behind "
+            f"{', '.join(str(block + 1) for block in exits.after)} (`early_exit.py`), {rule.rule} at least "
+            f"{exits.rule.threshold:.4f}, which was calibrated to lose at most {rule.max_loss:.0%} of the "
+            f"answers; float32, {len(batches)} test sentences of SST-2 one by one, {clock(args)}, the best "
+            f"of {CALLS} calls each.", table(head, rows)]
+
+
 def clock(args: argparse.Namespace) -> str:
     """What the times are of."""
     return "processor time of one thread" if args.own else "two threads"
@@ -228,7 +285,8 @@ def writing(args: argparse.Namespace) -> list[str]:
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="holds sst2/train.tsv and sst2/dev.tsv")
+    parser.add_argument("--data", type=Path, required=True, help="holds sst2/train.tsv and dev.tsv, test.tsv "
+                        "for exits")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--gemma", type=Path, help="a language model to time as well")
     parser.add_argument("--nncf", type=Path, help="a Python that has nncf")
@@ -236,15 +294,16 @@ def main() -> None:
     parser.add_argument("--visits", type=int, default=7)
     parser.add_argument("--own", action="store_true", help="processor time of one thread")
     parser.add_argument("--finished", action="store_true", help="leave out jobs that were not done before")
-    parser.add_argument("--only", choices=("minilm", "gemma"))
+    parser.add_argument("--exits", type=Path, help="a classifier with exits, of early_exit.py")
+    parser.add_argument("--only", choices=SECTIONS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(args.work / "runtimes.json")
-    sections = {"minilm": minilm} | ({"gemma": writing} if args.gemma else {})
-    for name, measure in sections.items():
-        if args.only in (None, name):
+    asked = {"minilm": True, "gemma": args.gemma is not None, "exits": args.exits is not None}
+    for name, measure in zip(SECTIONS, (minilm, writing, leaving), strict=True):
+        if asked[name] and args.only in (None, name):
             ledger.put(name, {"source": fingerprint(source_sha256()), "parts": measure(args)})
-    kept: list[Any] = [ledger.get(name) for name in ("minilm", "gemma")]
+    kept: list[Any] = [ledger.get(name) for name in SECTIONS]
     write_page(PAGE, "Runtimes", "python benchmarks/runtimes.py",
                [part for entry in kept if entry for part in entry["parts"]])
 
