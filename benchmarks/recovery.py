@@ -201,8 +201,8 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
     tunings = [(name, f"{each['before']:.3f}", f"{each['after']:.3f}", f"{each['peak'] / 1e6:.0f} MB",
                 f"{each['seconds'] / 60:.1f}") for name, each in found.items() if name in TUNINGS]
     if tunings:
-        parts += ["## Fine-tuning", table(("what moves", "loss at the start", "held-out loss", "peak memory",
-                                           "minutes"), tunings)]
+        titles = ("what moves", "loss of the first batch", "loss held out", "peak memory", "minutes")
+        parts += ["## Fine-tuning", table(titles, tunings)]
     if {"QLoRA", "LoRA", "full"} <= found.keys():
         apart = found["QLoRA"]["after"] / found["LoRA"]["after"] - 1
         share = found["QLoRA"]["peak"] / found["full"]["peak"]
