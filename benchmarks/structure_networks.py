@@ -243,7 +243,7 @@ def _in_onnx(whole: Network, small: Network, folder: Path) -> list[str]:
 
 # ---- encoders ------------------------------------------------------------------------------------------
 
-SENTENCES = 10_000
+SENTENCES = 60_000
 TEACHER = Settings(epochs=1, batch=32, rate=1e-4, patience=0)
 PUPIL = Settings(epochs=2, batch=32, rate=3e-4, patience=0)
 
