@@ -197,7 +197,8 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
                                        recoveries)]
         missed = [row[0] for row in recoveries if found[row[0]]["after"] > 0.5 * found[row[0]]["before"]]
         parts.append("The goal, half of the KL that compression opened, is " +
-                     (f"missed for {', '.join(missed)}." if missed else "met for all."))
+                     (f"missed for {', '.join(missed)}." if missed else
+                      f"met for {', '.join(row[0] for row in recoveries)}."))
     tunings = [(name, f"{each['before']:.3f}", f"{each['after']:.3f}", f"{each['peak'] / 1e6:.0f} MB",
                 f"{each['seconds'] / 60:.1f}") for name, each in found.items() if name in TUNINGS]
     if tunings:
