@@ -68,8 +68,7 @@ def compiled(program: Program, trees: Mapping[str, Node], calibration: Sequence[
     trees: 8-bit symmetric codes with one scale a row for every site that ``multiplied`` names. calibration,
     method: as for static 8-bit activations. ranges: of the inputs of layers, by the layer's name, where
     training found them (``Activations.ranges``). erf: the polynomial of GELU. TargetError names the operator
-    or the weight that
-    has no integer form.
+    or the weight that has no integer form.
     """
     for path in multiplied(program):
         if path not in trees or not computable(trees[path]):
