@@ -64,7 +64,9 @@ def main() -> None:
                 results.setdefault((method, remaining), []).append(ledger.get(key))
     network, _ = sst2.taught(found)
     whole = {name: sst2.accuracy(network, sst2.rows(network, getattr(found, name))) for name in JUDGES}
-    write_page(PAGE, "Pruning during training", "python benchmarks/pruning_in_training.py",
+    write_page(PAGE, "Pruning during training",
+               f"python benchmarks/pruning_in_training.py --epochs {given.epochs:g} --seeds {given.seeds} "
+               f"--steps {given.steps}",
                [said(given.seeds, given.steps), rows(results, whole), verdict(results)])
 
 

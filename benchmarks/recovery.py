@@ -5,10 +5,13 @@
 HF_FOLDER is what ``permuted_gemma.py`` wrote. DATA holds ``wikitext2/valid.txt``, which is trained on, and
 ``test.raw.txt``, which judges and does nothing else.
 
-    2:4, low rank, 3 bits   Gemma's blocks compressed; then what is left of them learns from the original's
-                            answers: kept weights, factors, or scales. KL to the original before and after
+    2:4, low rank, 3 bits   Gemma's blocks compressed without a look at data; then what is left of them learns
+                            from the original's answers: kept weights, factors, or scales. KL to the original
+                            before and after
+    GPTQ 3 bits, 2 bits     the same from codes that are as good as rounding after training makes them
     full, LoRA, QLoRA       Gemma fine-tuned on the text: everything, adapters beside float weights, adapters
-                            beside normal-float codes of 4 bits. Loss on other text of the kind, peak memory
+                            beside normal-float codes of 4 bits, rounded to nearest as in the paper, or by
+                            GPTQ. Loss on other text of the kind, peak memory
 
 Every row is a process of its own, so that its memory is its own. Finished rows lie in WORK/recovery.json and
 are not run again.
@@ -25,8 +28,9 @@ from typing import Any
 
 from harness import Ledger, fingerprint, run_fresh, source_sha256, table, write_page
 
-RECOVERIES = {"2:4": "kept weights and norms", "low rank": "factors and norms", "3 bits": "scales and norms"}
-TUNINGS = ("full", "LoRA", "QLoRA")
+RECOVERIES = {"2:4": "weights", "low rank": "factors", "3 bits": "scales", "GPTQ 3 bits": "scales",
+              "GPTQ 2 bits": "scales"}  # and norms
+TUNINGS = ("full", "LoRA", "QLoRA", "QLoRA on GPTQ")
 LENGTH, BATCH, MICRO = 128, 4, 2
 WINDOWS, HELD, JUDGED = 512, 16, 24  # to train on, to choose the state, to judge
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "recovery.md"
@@ -53,7 +57,7 @@ def main() -> None:
             ledger.put(key, {**result, "peak": cost.peak_rss})
             print(ledger.get(key), flush=True)
         found[name] = ledger.get(key)
-    write_page(PAGE, "Training a compressed language model", "python benchmarks/recovery.py",
+    write_page(PAGE, "Training a compressed language model", f"python benchmarks/recovery.py --steps {given.steps}",
                _parts(found, given.steps))
 
 
@@ -87,12 +91,11 @@ def recovered(name: str, given: argparse.Namespace) -> dict[str, Any]:
     from rarefy.training.tune import Tuning, tune
 
     model, train, held = _lesson(given, labels=False)
-    trees = _compressed(model, name)
+    trees = _compressed(model, name, train.tensors["input_ids"])
     reference = Reference(model, _windows(model, given.data / "wikitext2" / "test.raw.txt", JUDGED, 1))
     before = reference.compare(Runner(model, trees.get)).kl_mean
     kept = [answered(model, rows, given.work / "answers") for rows in (train, held)]
-    moves = {"2:4": "weights", "low rank": "factors", "3 bits": "scales"}[name]
-    tuned = tune(model, trees, Tuning(frozenset({moves, "norms"}), where=tuple(trees)),
+    tuned = tune(model, trees, Tuning(frozenset({RECOVERIES[name], "norms"}), where=tuple(trees)),
                  Distillation(model, None, ((1.0, ForwardKL()),)), kept[0],
                  _settings(given.steps, 2e-5 if name == "2:4" else 1e-4), held=kept[1],
                  folder=given.work / _file(name))
@@ -103,25 +106,15 @@ def recovered(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def tuned(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """The loss on text that was held out, before and after fine-tuning."""
-    import torch
 
-    from rarefy.core.edit import edit
-    from rarefy.core.nodes import Dense, Node
-    from rarefy.numerics.grids import nf4_grid
     from rarefy.techniques.adapt.lora import LoRA
     from rarefy.techniques.distill.hard_labels import HardLabels
-    from rarefy.techniques.quantize.rtn import RTN
     from rarefy.training.signals import Distillation
     from rarefy.training.tune import Tuning, tune
 
     model, train, held = _lesson(given, labels=True)
     paths = tuple(site.path for site in model.map.sites if site.block is not None)
-    trees: dict[str, Node] = {}
-    if name == "QLoRA":
-        for path in paths:
-            weight = model.weight(path)
-            trees[path], _ = edit(path, Dense(weight), weight, RTN(nf4_grid(64, over=2)), "rtn", None,
-                                  torch.Generator())
+    trees = _compressed(model, name, train.tensors["input_ids"]) if name.startswith("QLoRA") else {}
     tuning = Tuning() if name == "full" else Tuning(frozenset(), LoRA(8), where=paths)
     settings = _settings(given.steps, 1e-5 if name == "full" else 3e-4)
     done = tune(model, trees, tuning, Distillation(model, None, ((1.0, HardLabels()),)), train, settings,
@@ -153,26 +146,39 @@ def _windows(model: Any, text: Path, count: int, seed: int) -> Any:
     return windows(str(text), model.tokenizer, length=LENGTH, count=count, seed=seed)
 
 
-def _compressed(model: Any, name: str) -> dict[str, Any]:
-    """Every matrix of the blocks, compressed without looking at data."""
+def _compressed(model: Any, name: str, tokens: Any) -> dict[str, Any]:
+    """Every matrix of the blocks; for GPTQ block by block, on what compressed blocks hand on."""
     import torch
 
-    from rarefy.core.edit import Technique, edit
-    from rarefy.core.nodes import Dense
-    from rarefy.numerics.grids import integer_grid
+    from rarefy.calibration.evidence import Stream
+    from rarefy.core.edit import edit
+    from rarefy.core.nodes import Dense, Node
+    from rarefy.models.runner import Runner
+
+    technique, trees = _technique(name), dict[str, Node]()
+    stream = Stream(Runner(model, trees.get), tokens) if technique.needs else None
+    for block in range(model.map.blocks):
+        paths = [site.path for site in model.map.in_block(block)]
+        seen = {} if stream is None else stream.inputs(block, set(paths))
+        for path in paths:
+            weight = model.weight(path)
+            trees[path], _ = edit(path, Dense(weight), weight, technique, name, seen.get(path),
+                                  torch.Generator())
+        if stream is not None and block + 1 < model.map.blocks:
+            stream.advance(block)
+    return trees
+
+
+def _technique(name: str) -> Any:
+    from rarefy.numerics.grids import integer_grid, nf4_grid
     from rarefy.techniques.factorize.svd import SVD
     from rarefy.techniques.prune.magnitude import Magnitude
+    from rarefy.techniques.quantize.gptq import GPTQ
     from rarefy.techniques.quantize.rtn import RTN
 
-    techniques: dict[str, Technique] = {"2:4": Magnitude(pattern="2:4"), "low rank": SVD(ratio=0.75),
-                                        "3 bits": RTN(integer_grid(3, 64))}
-    trees = {}
-    for site in model.map.sites:
-        if site.block is not None:
-            weight = model.weight(site.path)
-            trees[site.path], _ = edit(site.path, Dense(weight), weight, techniques[name], name, None,
-                                       torch.Generator())
-    return trees
+    return {"2:4": Magnitude(pattern="2:4"), "low rank": SVD(ratio=0.75), "3 bits": RTN(integer_grid(3, 64)),
+            "GPTQ 3 bits": GPTQ(integer_grid(3, 64)), "GPTQ 2 bits": GPTQ(integer_grid(2, 64)),
+            "QLoRA": RTN(nf4_grid(64, over=2)), "QLoRA on GPTQ": GPTQ(nf4_grid(64, over=2))}[name]
 
 
 def _settings(steps: int, rate: float) -> Any:
@@ -189,7 +195,7 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
     head = (f"Gemma-3-270M with its channels relabelled, one thread, {steps} steps of {BATCH} windows of "
             f"{LENGTH} tokens of WikiText-2's validation text. KL is on {JUDGED} windows of its test text.")
     parts = [head]
-    recoveries = [(name, RECOVERIES[name], f"{each['before']:.3f}", f"{each['after']:.3f}",
+    recoveries = [(name, f"{RECOVERIES[name]} and norms", f"{each['before']:.3f}", f"{each['after']:.3f}",
                    f"{1 - each['after'] / each['before']:.0%}", f"{each['seconds'] / 60:.1f}")
                   for name, each in found.items() if name in RECOVERIES]
     if recoveries:
@@ -204,11 +210,12 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
     if tunings:
         titles = ("what moves", "loss of the first batch", "loss held out", "peak memory", "minutes")
         parts += ["## Fine-tuning", table(titles, tunings)]
-    if {"QLoRA", "LoRA", "full"} <= found.keys():
-        apart = found["QLoRA"]["after"] / found["LoRA"]["after"] - 1
-        share = found["QLoRA"]["peak"] / found["full"]["peak"]
+    if {"LoRA", "full"} <= found.keys():
+        apart = [f"{name} {found[name]['after'] / found['LoRA']['after'] - 1:+.1%}, at "
+                 f"{found[name]['peak'] / found['full']['peak']:.0%} of the memory"
+                 for name in TUNINGS if name.startswith("QLoRA") and name in found]
         parts.append("The goal is a loss within 1% of LoRA's on the float model, in under half of the memory "
-                     f"of full fine-tuning: {apart:+.1%}, at {share:.0%} of the memory.")
+                     f"of full fine-tuning: {'; '.join(apart)}.")
     return parts
 
 
