@@ -58,7 +58,7 @@ def main() -> None:
                 ledger.put(key, run(name, placed(read_recipe(place), found, seed, given.effort), found))
                 print(name, seed, ledger.get(key), flush=True)
             results.setdefault(name, []).append(ledger.get(key))
-    write_page(PAGE, "Distillation on SST-2", "python benchmarks/distillation.py",
+    write_page(PAGE, "Distillation on SST-2", f"python benchmarks/distillation.py --epochs {given.epochs:g}",
                [said(results, given.epochs), rows(results), verdict(results)])
 
 

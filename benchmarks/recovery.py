@@ -57,7 +57,8 @@ def main() -> None:
             ledger.put(key, {**result, "peak": cost.peak_rss})
             print(ledger.get(key), flush=True)
         found[name] = ledger.get(key)
-    write_page(PAGE, "Training a compressed language model", f"python benchmarks/recovery.py --steps {given.steps}",
+    write_page(PAGE, "Training a compressed language model",
+               f"python benchmarks/recovery.py --steps {given.steps}",
                _parts(found, given.steps))
 
 
