@@ -317,7 +317,7 @@ def test_watching_leaves_no_hooks(tiny_cnn: Digits) -> None:
 
 def test_networks_that_do_not_fit() -> None:
     with pytest.raises(ModelError, match="has no Linear"):
-        Network.from_module(nn.LSTM(3, 3))
+        Network.from_module(nn.LayerNorm(3))
     maps = Network.from_module(nn.Conv2d(1, 3, 3))
     with pytest.raises(ModelError, match=r"no table of logits .*gives='embedding'"):
         maps.run({TENSOR: torch.zeros(2, 1, 5, 5)})

@@ -17,6 +17,7 @@ from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, S
 from rarefy.core.tensors import CP, TensorTrain, Tucker
 from rarefy.export.native import export_native, open_native, trees_of
 from rarefy.models.model import open_model
+from rarefy.models.recurrent import Recurrent, unrolled
 from rarefy.numerics.grids import Grid, Stored, integer_grid
 from rarefy.numerics.rounding import encode, fit
 from rarefy.runtimes import torch as runtime
@@ -336,3 +337,51 @@ def test_a_folder_runs_fast(family: str, tiny_random: Any, tmp_path: Any) -> Non
     assert "two products of rank 8" in hows and "int4" in hows and "sparse, 5% kept" in hows
     assert LOOKED_UP in hows
     assert fast.generate(ids[:1], max_new_tokens=3, do_sample=False).shape[1] == 23
+
+
+# ---- recurrent layers ----------------------------------------------------------------------------------
+
+
+def recurrent(width: int) -> tuple[nn.Sequential, nn.Sequential, dict[str, Node]]:
+    """A network, the same unrolled, and codes for the weights of its first layer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        own = nn.Sequential(nn.GRU(8, width, 2, batch_first=True))
+    steps = unrolled(copy.deepcopy(own))
+    trees = {path: lower_rank(value.detach()) for path, value in steps.named_parameters() if value.ndim == 2}
+    return own, steps, trees
+
+
+def lower_rank(weight: Tensor) -> Node:
+    U, S, V = torch.linalg.svd(weight, full_matrices=False)
+    rank = min(4, S.numel())
+    return Product(Dense(U[:, :rank] * S[:rank]), Dense(V[:rank].contiguous()))
+
+
+def test_recurrent_layers_are_torchs_own_again() -> None:
+    own, _, trees = recurrent(16)
+    how = attach(own, trees)
+    assert type(own[0]) is nn.GRU and set(how.values()) == {EXPANDED}
+    tree = trees["0.layers.1.hh.weight"]
+    torch.testing.assert_close(own[0].weight_hh_l1.detach(), tree.dense())
+    whole, _, _ = recurrent(16)
+    assert attach(whole, {}) == {} and type(whole[0]) is nn.GRU
+
+
+def test_recurrent_layers_step_where_products_save_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, steps, trees = recurrent(16)
+    x = normal(3, 5, 8)
+    steps.load_state_dict({path: tree.dense() for path, tree in trees.items()}, strict=False)
+    wanted = steps(x)[0]
+    attach(expanded := copy.deepcopy(own), trees)
+    monkeypatch.setattr(runtime, "STEPS", 0)
+    how = attach(own, trees)
+    assert isinstance(own[0], Recurrent) and how["0.layers.1.hh.weight"] == "two products of rank 4"
+    for each in (own, expanded):
+        torch.testing.assert_close(each(x)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_hashed_recurrent_weights_are_never_stored() -> None:
+    own, _, _ = recurrent(16)
+    how = attach(own, {"0.layers.1.hh.weight": Hashed(normal(40), 0, (48, 16))})
+    assert isinstance(own[0], Recurrent) and how["0.layers.1.hh.weight"] == HASHED

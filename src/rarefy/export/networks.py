@@ -40,6 +40,7 @@ from rarefy.models.model import Model
 from rarefy.models.narrowed import sized_like
 from rarefy.models.network import Network, map_network
 from rarefy.models.opening import fill, laid_out, network_class, open_any
+from rarefy.models.recurrent import class_name, rolled, unrolled
 
 INSIDE = "model"  # what a job calls the native folder in its output
 EXITS = "exits.safetensors"  # heads beside the network, which ``runtimes.exits`` writes and reads
@@ -49,7 +50,7 @@ def export_network(network: Network, trees: Mapping[str, Node], folder: Path | s
                    params: Mapping[str, Tensor] | None = None) -> int:
     """Write the native folder of a network and return its bytes; ``trees`` and ``params`` as for models."""
     config = {"model_type": MODEL_TYPE, "architectures": ["RarefyNetwork"], "name": network.name,
-              "form": asdict(network.form), "class": type(network.module).__name__,
+              "form": asdict(network.form), "class": class_name(network.module),
               "network": None if network.config is None else network.config.to_dict()}
     tokenizer = network.tokenizer if network.form.takes == "text" else None
     return write_native(network, trees, params or {}, config, folder, tokenizer, network.files)
@@ -82,7 +83,8 @@ def live(model: Model | Network, dtype: torch.dtype = torch.float32) -> Any:
 
 def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """A network, ready to run, with the weights that ``ref`` stands for; arguments as for ``opened``."""
-    return live(opened(ref, into), dtype)
+    network: Any = rolled(live(opened(ref, into), dtype))
+    return network
 
 
 def stored_trees(model: Model | Network) -> dict[str, Node]:
@@ -124,7 +126,7 @@ def _laid_out(folder: Path, held: Native, form: Form, config: Any, into: nn.Modu
         if into is None:
             raise ModelError(f"{folder}: holds a {kind}, whose code is not in it; pass a module of that "
                              f"class, rarefy.load({str(folder)!r}, into={kind}())")
-        own = copy.deepcopy(into).float().eval().requires_grad_(False)
+        own = unrolled(copy.deepcopy(into)).float().eval().requires_grad_(False)
         return sized_like(own, _shapes(own, held))
     maker = network_class(config, form.loader)
     pooler = any("pooler." in path for path in held.trees)

@@ -2,8 +2,9 @@
 
 A site is the weight of a ``Linear``, a ``Conv1d`` or ``Conv2d`` (in any number of groups), an ``Embedding``
 or transformers' ``Conv1D``. A convolution's weight [out, in / groups, height, width] is the matrix [out, in /
-groups * height * width], whose inputs are the unfolded patches. All else is carried as it is: norms, biases,
-buffers like the statistics of BatchNorm, kinds of layers that this list does not have.
+groups * height * width], whose inputs are the unfolded patches. Recurrent layers are built out of ``Linear``s
+(``recurrent``). All else is carried as it is: norms, biases, buffers like the statistics of BatchNorm, kinds
+of layers that this list does not have.
 
 What several modules share (tied embeddings, repeated layers) is found by identity: one site, and the other
 names point to it. Roles and blocks are read from names and containers, for patterns and pictures; nothing
@@ -29,6 +30,7 @@ from rarefy.core.errors import ModelError, did_you_mean
 from rarefy.core.nodes import Node
 from rarefy.models.form import Form
 from rarefy.models.map import Map, Param, Site
+from rarefy.models.recurrent import class_name, unrolled
 from rarefy.models.runner import Override
 from rarefy.models.sources import ModuleSource, Source
 
@@ -45,6 +47,7 @@ ROLES: tuple[tuple[str, str], ...] = (
     (r"(.*\.)?(output\.dense|lin2|ffn_output|linear2)", "down"),
     (r"(.*\.)?pooler(\.dense)?|pre_classifier", "pooler"),
     (r"(classifier|head|fc|score)(\.\w+)?", "head"),
+    (r"(.*\.)?ih(_reverse)?", "ih"), (r"(.*\.)?hh(_reverse)?", "hh"), (r"(.*\.)?hr(_reverse)?", "hr"),
 )
 
 
@@ -88,11 +91,13 @@ class Network:
         """A network in memory. It is copied: the user's own is never changed."""
         config = getattr(module, "config", None)
         form = form if form is not None else _form_of(module)
-        own = copy.deepcopy(module).float().eval().requires_grad_(False)
+        own = unrolled(copy.deepcopy(module))
+        source = ModuleSource(own)  # before its numbers become float32: what they were counts
+        own = own.float().eval().requires_grad_(False)
         for part in own.modules():  # what observes an input needs it unchanged
             if getattr(part, "inplace", False):
                 setattr(part, "inplace", False)  # noqa: B010  modules declare their attributes as tensors
-        return cls(name or type(module).__name__, own, ModuleSource(module), form,
+        return cls(name or class_name(module), own, source, form,
                    config=config if form.loader else None,
                    tokenizer=None if tokenizer is None else lambda: tokenizer)
 

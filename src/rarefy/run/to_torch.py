@@ -27,6 +27,7 @@ from rarefy.measure.latency import compare
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
+from rarefy.models.recurrent import rolled
 from rarefy.numerics.grids import Grid, integer_grid_named
 from rarefy.planner.allocate import Plan
 from rarefy.report.verdict import distance
@@ -134,6 +135,7 @@ class Torch:
         again = self.reopened(subject, path)
         network = again.live()
         attach(network, again.trees())
+        network = rolled(network)
         found = subject.measure_live(network, data, effort)
         apart = again.measure_live(network, again.glimpse(data), effort)
         drift, moved = distance(apart), distance(found)
@@ -147,8 +149,9 @@ class Torch:
     def beside(self, subject: Subject, path: Path, data: Any, work: Path, effort: Effort, stage: Stage
                ) -> Beside:
         again = self.reopened(subject, path)
-        original, compressed = subject.live(), again.live()
+        original, compressed = rolled(subject.live()), again.live()
         lowered = attach(compressed, again.trees())
+        compressed = rolled(compressed)
         speed: dict[str, Any] = {"original": {}, "compressed": {}, "drift": 0.0}
         for key, pace in subject.paces(data).items():
             found = compare(lambda pace=pace: pace(original), lambda pace=pace: pace(compressed),  # type: ignore[misc]

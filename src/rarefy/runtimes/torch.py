@@ -10,6 +10,9 @@ or a sparse product, integer codes run in integer kernels. Where none is faster 
 when loading, and the string that comes back says so. Which is faster depends on how many tokens a call has:
 one where text is generated, many in all other networks. The times are measured by ``benchmarks/kernels.py``.
 
+Recurrent layers compute step by step, which takes longer by itself; so they become torch's own again, with
+expanded weights, unless faster products save more than the steps cost (``benchmarks/recurrent.py``).
+
 Two kernels round on the way (``exact=True`` leaves them out): 8-bit codes also round the activations to 8
 bits, which moves a layer's output by about 1%; 4-bit codes compute in bfloat16, about 0.3%.
 """
@@ -31,6 +34,7 @@ from rarefy.core.codebooks import Hashed
 from rarefy.core.errors import TargetError, did_you_mean
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 from rarefy.core.tensors import CP, TensorTrain, Tucker
+from rarefy.models.recurrent import Cell, Layer, Recurrent, rolled, unrolled
 from rarefy.numerics.masks import tile_of
 from rarefy.runtimes.modules import (
     Factors,
@@ -49,6 +53,7 @@ from rarefy.runtimes.modules import (
 )
 
 BLOCK = 4  # side of the tiles; larger ones are slower
+STEPS = 1 << 20  # multiplications of a step, in one layer, that must be saved for steps to be worth it
 TWO_CONVS, THREE_CONVS, CP_CONVS = 1.28, 1.37, 2.23  # as below, times the share of the multiplications
 
 
@@ -90,16 +95,16 @@ def attach(network: nn.Module, trees: Mapping[str, Node], *, exact: bool = False
            tokens: int | None = None) -> dict[str, str]:
     """Put trees in the place of a network's weights, each in its fastest way; says how, by path.
 
-    ``network`` is changed: pass a copy to keep it. trees: by the path of the parameter, as in
-    ``model.layers.0.mlp.up_proj.weight``; where modules share a parameter, all of them get the tree. exact:
-    leave out kernels that round on the way. tokens: that a call mostly has; None: 1 for a network of
-    transformers that generates text, else many.
+    ``network`` is changed: pass a copy to keep it; one that is a recurrent layer itself must be ``unrolled``
+    and ``rolled``. trees: by the path of the parameter, as in ``model.layers.0.mlp.up_proj.weight``; where
+    modules share a parameter, all of them get the tree. exact: leave out kernels that round on the way.
+    tokens: that a call mostly has; None: 1 for a network of transformers that generates text, else many.
     """
     if tokens is None:
         tokens = 1 if getattr(network, "can_generate", lambda: False)() else 128
     speed = _speed(exact, tokens)
     owners: dict[int, list[tuple[str, str]]] = {}
-    for name, module in network.named_modules():
+    for name, module in unrolled(network).named_modules():
         for key, value in module._parameters.items():
             if value is not None:
                 owners.setdefault(id(value), []).append((name, key))
@@ -108,18 +113,24 @@ def attach(network: nn.Module, trees: Mapping[str, Node], *, exact: bool = False
     if missing:
         raise TargetError(f"{missing[0]}: the network has no such parameter"
                           f"{did_you_mean(missing[0], list(known))}")
-    return {path: _attach(network, path, tree, owners[id(known[path])], speed)
+    fixed = _at_once(network, {name: tree for path, tree in trees.items()
+                               for name, _ in owners[id(known[path])]}, speed)
+    hows = {path: _attach(network, path, tree, owners[id(known[path])], speed, fixed)
             for path, tree in trees.items()}
+    rolled(network)
+    return hows
 
 
-def _attach(network: nn.Module, path: str, tree: Node, places: list[tuple[str, str]], speed: Speed) -> str:
-    """One tree in all the modules that own the parameter of that path."""
+def _attach(network: nn.Module, path: str, tree: Node, places: list[tuple[str, str]], speed: Speed,
+            whole: frozenset[str] = frozenset()) -> str:
+    """One tree in all the modules that own the parameter of that path. whole: those that need it expanded."""
     hows, shared = [], None
     for name, key in places:
         module = network.get_submodule(name)
         parent = network.get_submodule(name.rpartition(".")[0])
         # the root has no place to be replaced in; torch's own encoder layer hands the weights themselves on
-        fixed = key != "weight" or not name or isinstance(parent, nn.TransformerEncoderLayer)
+        fixed = (key != "weight" or not name or name in whole
+                 or isinstance(parent, nn.TransformerEncoderLayer))
         way = None if fixed else _way_of(tree, module, speed)
         if way is None or way.how in (AS_IS, EXPANDED):
             values = _laid_out(tree, module, key, path) if shared is None else shared
@@ -152,8 +163,10 @@ def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype =
     from rarefy.export.networks import live, opened, stored_trees
 
     model = opened(ref, into)
-    network = live(model, dtype).requires_grad_(False)
-    network.lowered = attach(network, stored_trees(model), exact=exact, tokens=tokens)
+    network: Any = live(model, dtype).requires_grad_(False)
+    lowered = attach(network, stored_trees(model), exact=exact, tokens=tokens)
+    network = rolled(network)
+    network.lowered = lowered
     return network
 
 
@@ -177,6 +190,23 @@ def _way_of(node: Node, module: Any, speed: Speed) -> _Way | None:
     if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1 and module.padding_mode == "zeros":
         return min((_whole(node), *_convolutions(node, module)), key=lambda way: way.time)
     return None
+
+
+def _at_once(network: nn.Module, trees: Mapping[str, Node], speed: Speed) -> frozenset[str]:
+    """The ``Linear``s of recurrent layers that are faster as torch's own. trees: by the module's name."""
+    found = set[str]()
+    for name, part in network.named_modules():
+        if not isinstance(part, Recurrent | Cell):
+            continue
+        inside = {f"{name}.{below}" if name else below: each for below, each in part.named_modules()
+                  if type(each) is nn.Linear}
+        ways = [(way, each) for place, each in inside.items() if place in trees
+                if (way := _way_of(trees[place], each, speed)) is not None]
+        saved = sum((1 - way.time) * each.weight.numel() for way, each in ways)
+        layers = sum(isinstance(each, Layer) for each in part.modules()) or 1
+        if saved < STEPS * layers and not any(way.how == HASHED for way, _ in ways):
+            found |= set(inside)
+    return frozenset(found)
 
 
 def _inside(node: Node) -> Node:
