@@ -16,6 +16,7 @@ from rarefy.core.errors import ModelError
 from rarefy.core.nodes import Dense
 from rarefy.export.networks import export_network, load, opened
 from rarefy.models.form import Form
+from rarefy.models.narrowed import channel_groups, without_channels
 from rarefy.models.network import TENSOR, Network
 from rarefy.models.recurrent import Cell, Recurrent, class_name, rolled, unrolled
 
@@ -165,3 +166,28 @@ def test_what_is_not_torchs_own_stays_as_it_is() -> None:
         unrolled(nn.LSTM(IN, WIDTH))(torch.zeros(5, 3, IN), (torch.zeros(1, 2, WIDTH),) * 2)
     with pytest.raises(ModelError, match="an input of 1 axes"):
         unrolled(nn.LSTM(IN, WIDTH))(torch.zeros(IN))
+
+
+class Heard(nn.Module):
+    """Convolutions that a recurrent layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv1d(2, 8, 3), nn.Linear(WIDTH, 3)
+        self.rnn = nn.LSTM(8, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rnn(self.conv(x).relu().transpose(1, 2))[0][:, -1])
+
+
+def test_channels_in_front_go_and_states_stay(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    network, x = Network.from_module(Heard()), {TENSOR: torch.randn(2, 2, 7)}
+    groups, refused = channel_groups(network, x)
+    assert [group.root for group in groups] == ["conv"]
+    assert refused["rnn.layers.0.ih"] == "the states of a recurrent layer are as wide"
+    small = without_channels(network, x, {"conv": torch.arange(5)}, {})
+    export_network(small, {}, tmp_path / "out")
+    loaded = load(tmp_path / "out", into=Heard())
+    assert type(loaded.rnn) is nn.LSTM and loaded.rnn.input_size == 5
+    torch.testing.assert_close(loaded(x[TENSOR]), small.run(x))

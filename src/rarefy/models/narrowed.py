@@ -28,6 +28,7 @@ from rarefy.core.errors import ModelError, TargetError
 from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, Network
 from rarefy.models.opening import fill, laid_out, network_class
+from rarefy.models.recurrent import Cell, Recurrent
 from rarefy.models.shrunk import Cut, Place, ShrunkSource, Units, renumbered, row_places
 from rarefy.models.sources import ModuleSource
 from rarefy.models.tokens import without_tokens
@@ -133,6 +134,8 @@ def channel_groups(network: Network, inputs: Mapping[str, Tensor]) -> tuple[tupl
     with _traced(network, inputs) as (module, graph):
         names = {id(part): name for name, part in module.named_modules()}
         order = {id(part): place for place, part in enumerate(module.modules())}
+        stepping = {id(each) for part in module.modules() if isinstance(part, Recurrent | Cell)
+                    for each in part.modules()}
         found, refused = [], {}
         for group in graph.get_all_groups(root_module_types=[*LAYERS]):
             writing = [item.dep.target.module for item in group if _writes(graph, item)]
@@ -140,7 +143,7 @@ def channel_groups(network: Network, inputs: Mapping[str, Tensor]) -> tuple[tupl
             if not roots:
                 continue
             root = min(roots, key=lambda part: order[id(part)])
-            reason = _reason(graph, group)
+            reason = _reason(graph, group, stepping)
             if reason:
                 refused[names[id(root)]] = reason
             else:
@@ -280,14 +283,16 @@ def _depthwise(part: Any) -> bool:
     return 1 < part.groups == part.in_channels == part.out_channels
 
 
-def _reason(graph: Any, group: Any) -> str:
-    """Why channels must stay; empty: they may go."""
+def _reason(graph: Any, group: Any, stepping: set[int]) -> str:
+    """Why channels must stay; empty: they may go. stepping: parts of recurrent layers, by identity."""
     for item in group:
         part = item.dep.target.module
         if isinstance(part, nn.Parameter):
             return "a parameter outside any layer is as wide"
         if isinstance(part, nn.Conv1d | nn.Conv2d) and part.groups > 1 and not _depthwise(part):
             return "a convolution in groups needs as many in each"
+        if id(part) in stepping and _writes(graph, item):
+            return "the states of a recurrent layer are as wide"
         if any(True for _ in part.parameters()) and not isinstance(part, (*LAYERS, *NORMS)):
             return f"a {type(part).__name__} is as wide"
     if all(_writes(graph, item) for item in group):

@@ -106,11 +106,18 @@ class Recurrent(nn.Module):
 
     def __init__(self, part: nn.RNNBase) -> None:
         super().__init__()
-        self.mode, self.input_size, self.hidden_size = part.mode, part.input_size, part.hidden_size
-        self.num_layers, self.bias, self.batch_first = part.num_layers, part.bias, part.batch_first
+        self.mode, self.hidden_size, self.num_layers = part.mode, part.hidden_size, part.num_layers
+        self.bias, self.batch_first = part.bias, part.batch_first
         self.dropout, self.bidirectional, self.proj_size = part.dropout, part.bidirectional, part.proj_size
         self.layers = nn.ModuleList(Layer(part, index) for index in range(part.num_layers))
         self.train(part.training)
+
+    @property
+    def input_size(self) -> int:
+        """Channels that come in; fewer than at first where some were taken out."""
+        layer = self.layers[0]
+        assert isinstance(layer, Layer)
+        return int(layer.linears("")[0].in_features)
 
     def flatten_parameters(self) -> None:
         """Nothing: kept because networks call it."""
@@ -187,7 +194,7 @@ class Cell(nn.Module):
     def __init__(self, part: nn.RNNCellBase) -> None:
         super().__init__()
         self.kind, self.mode = type(part), _cell_mode(part)
-        self.input_size, self.hidden_size, self.bias = part.input_size, part.hidden_size, part.bias
+        self.hidden_size, self.bias = part.hidden_size, part.bias
         self.nonlinearity = getattr(part, "nonlinearity", "")
         own = part._parameters
         assert own["weight_ih"] is not None
@@ -195,6 +202,11 @@ class Cell(nn.Module):
         self.ih = _linear(own["weight_ih"], own.get("bias_ih"))
         self.hh = _linear(own["weight_hh"], own.get("bias_hh"))
         self.train(part.training)
+
+    @property
+    def input_size(self) -> int:
+        """As for layers."""
+        return self.ih.in_features
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:
         """x: [batch, in] or [in]. hx and the answer: h, for an LSTM with c, [batch, width] or [width]."""
