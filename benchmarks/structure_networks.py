@@ -20,9 +20,10 @@ from rarefy.calibration.examples import Examples, read_examples
 from rarefy.core.nodes import Node
 from rarefy.export.onnx import export_onnx
 from rarefy.measure.latency import compare
+from rarefy.measure.work import multiplications
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
-from rarefy.run.narrow import filtered, multiplications
+from rarefy.run.narrow import filtered
 from rarefy.run.sharing import share_layers
 from rarefy.run.training import Training, train
 from rarefy.runtimes import bench

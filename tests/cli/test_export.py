@@ -131,7 +131,7 @@ def test_a_classifier_leaves_early_in_a_graph(cli: Any, tiny_encoder: Path, tmp_
     export_network(network, trees, tmp_path / "out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        heads = Heads(1, 64, 2)
+        heads = Heads([128], [64], 2)
     save(Exits(Stepped(network), (0,), heads, rule=ExitRule(0.52, 0.0, 0.0)), tmp_path / "out")
     done = cli("export", str(tmp_path / "out"), "--for", "openvino", "-o", str(tmp_path / "graph"))
     assert done.exit_code == 7 and "goes into files for onnxruntime alone" in done.stderr

@@ -46,7 +46,7 @@ def exits(kind: str = "bert", rule: str = "confidence", after: tuple[int, ...] =
     stepped = Stepped(network(kind))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        heads = Heads(len(after), 32, 3).eval().requires_grad_(False)
+        heads = Heads([64] * len(after), [32] * len(after), 3).eval().requires_grad_(False)
     found = Exits(stepped, after, heads, EarlyExit(rule), ExitRule(float("inf"), 0.0, 0.0))
     logits = found.answers(Examples(tokens(64, 12, 3))).logits
     certain = found.technique.certainty(logits[:1], len(after) + 1)

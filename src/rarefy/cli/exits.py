@@ -23,9 +23,10 @@ from rarefy.cli.options import (
 from rarefy.cli.progress import progress
 from rarefy.cli.terminal import guarded
 
-After = Annotated[str, typer.Option(
+After = Annotated[str | None, typer.Option(
     "--after", metavar="BLOCKS", rich_help_panel=WORK, show_default=False,
-    help="Behind which blocks exits stand, counted from 0: 1,3.")]
+    help="Behind which blocks exits stand, counted from 0: 1,3. Evenly over the work if not given; of a CNN, "
+         "blocks end where one tensor carries everything.")]
 MaxLoss = Annotated[str, typer.Option(
     "--max-loss", metavar="SHARE", rich_help_panel=BUDGET,
     help="Answers that may become others than the network's own, at a confidence of 95%.")]
@@ -39,14 +40,15 @@ Together = Annotated[bool, typer.Option(
 Samples = Annotated[int, typer.Option("--samples", min=2, rich_help_panel=WORK,
                                       help="Samples to learn from at most.")]
 Epochs = Annotated[float | None, typer.Option("--epochs", rich_help_panel=WORK, show_default=False,
-                                              help="Times that they are seen; 30 for heads, 1 together.")]
+                                              help="Times seen: 30 for heads, 1 together, 4 for CNNs.")]
 
 
 @guarded
 def exits(
-    model: Model, *, after: After, max_loss: MaxLoss = "1%", rule: Rule = "confidence", data: Data = None,
-    calibration: Calibration = None, eval_data: EvalData = None, together: Together = False,
-    samples: Samples = 8000, epochs: Epochs = None, effort: Effort = Efforts.balanced, seed: Seed = 0,
+    model: Model, *, after: After = None, max_loss: MaxLoss = "1%", rule: Rule = "confidence",
+    data: Data = None, calibration: Calibration = None, eval_data: EvalData = None,
+    together: Together = False, samples: Samples = 8000, epochs: Epochs = None,
+    effort: Effort = Efforts.balanced, seed: Seed = 0,
     out: Out, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
     """Give a classifier exits, measure where samples leave and what it gains, and write it to DIR.
@@ -58,7 +60,7 @@ def exits(
     from rarefy.run.job import do_recipe
 
     try:
-        places = tuple(int(part) for part in after.split(","))
+        places = tuple(int(part) for part in (after or "").split(",") if after)
     except ValueError:
         raise RecipeError(f"--after {after}: expected numbers of blocks like 1,3") from None
     training: dict[str, Any] = {} if epochs is None else {"epochs": epochs}

@@ -198,14 +198,14 @@ class Step:
 class Exiting:
     """Exits of a classifier: where, how careful, and what they learn from.
 
-    after: behind which blocks, from 0. max_loss: the share of answers that may be lost. settings: others of
-    the technique ``early_exit``. together: the network learns with its exits. data: what they learn from, at
-    most ``samples`` of it (empty: the recipe's). calibration: what the threshold is chosen on (empty: a fifth
-    of the data is kept for it; that is only a guarantee where the network was not trained on it). training:
-    fields of ``training.loop.Settings``.
+    after: behind which blocks, from 0 (empty: evenly over the work). max_loss: the share of answers that may
+    be lost. settings: others of the technique ``early_exit``. together: the network learns with its exits.
+    data: what they learn from, at most ``samples`` of it (empty: the recipe's). calibration: what the
+    threshold is chosen on (empty: a fifth of the data is kept for it; that is only a guarantee where the
+    network was not trained on it). training: fields of ``training.loop.Settings``.
     """
 
-    after: tuple[int, ...]
+    after: tuple[int, ...] = ()
     max_loss: float = 0.01
     settings: dict[str, Any] = field(default_factory=dict)
     together: bool = False

@@ -60,7 +60,9 @@ def exit_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     quality = f"{words.percent(found['same'])} of the answers are the whole network's"
     if "accuracy" in found:
         quality += f", accuracy {words.percent(found['accuracy'])} of {words.percent(whole['accuracy'])}"
-    rows = [("exits", f"{found['mean_blocks']:.2f} of {whole['mean_blocks']:g} blocks on average: {left}"),
+    rows = [("exits", f"{found['mean_blocks']:.2f} of {whole['mean_blocks']:g} blocks on average, "
+                      f"{words.percent(found['mean_work'])} of the work: {left}"),
+            ("behind", ", ".join(f"block {block}: {name}" for block, name in found["behind"].items())),
             ("answers", f"{quality} (may lose {words.percent(found['max_loss'])})")]
     for size, seconds in found["seconds"].items():
         faster = words.times(seconds["whole"] / seconds["exits"])

@@ -22,7 +22,7 @@ from rarefy.planner.allocate import Plan, asked
 from rarefy.report.verdict import distance
 from rarefy.run.course import Course, State, check
 from rarefy.run.effort import Effort
-from rarefy.run.exits import add_exits
+from rarefy.run.exits import add_exits, check_places
 from rarefy.run.journal import Journal, Sites
 from rarefy.run.planning import allocate, work_of
 from rarefy.run.progress import Progress
@@ -65,6 +65,8 @@ class Compression:
             data = self.subject.gather(job.data, job.eval_data, self.effort, job.seed, self.progress,
                                        self.journal.work / "data.safetensors")
             self.destination = self.destination.given(self.subject, data)
+        if job.recipe is not None and job.recipe.exits is not None:
+            check_places(job.recipe.exits, self.subject.opened, data.evaluation)
         if job.recipe is not None:
             before, self.last, self.behind = parts(job.recipe.steps)
             with self.clock.stage("before"):

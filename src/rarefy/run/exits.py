@@ -30,27 +30,37 @@ from rarefy.run.samples import joined
 from rarefy.run.target import Opened
 from rarefy.run.to_onnx import write_beside
 from rarefy.runtimes.exit_graph import export_exits
-from rarefy.runtimes.exit_training import TOGETHER, TRAINING, together, trained
-from rarefy.runtimes.exits import Exits, Stepped, load, measured, places, save
+from rarefy.runtimes.exit_training import starts, together, trained
+from rarefy.runtimes.exits import Exits, Stepped, classifier, load, measured, places, save, staged
+from rarefy.runtimes.segments import Segments
 from rarefy.techniques.depth.early_exit import EarlyExit
 from rarefy.training.loop import Settings
 
 CALIBRATES = 0.2  # the share of the data that chooses the threshold, where no other data does
 BATCHES = (1, 32)
-SHOWN = 128  # texts by which an exported graph is compared
+SHOWN = 128  # samples by which an exported graph is compared
 
 
 def check_exits(asked: Exiting, model: Opened, target: str) -> None:
-    """Refuse what cannot work before any work is done."""
+    """Refuse what cannot work before any work is done; where exits of a plain network may stand is known
+    when there are samples (``check_places``)."""
     if target != "torch":
         raise TargetError(f"{target}: exits are made in PyTorch only; leave target out, or say torch "
                           "(rarefy export writes what came out for onnxruntime)")
     if isinstance(model, Model):
         raise RecipeError(f"{model.name}: exits in a recipe are for classifiers; a language model's are in "
                           "rarefy.runtimes.decoding")
-    places(Stepped(model), asked.after)
+    classifier(model)
+    if model.form.takes == "text":
+        places(Stepped(model), asked.after)
     _technique(asked)
-    _settings(asked, 0)
+    _settings(asked, model, 0)
+
+
+def check_places(asked: Exiting, network: Opened, judged: Examples) -> None:
+    """Refuse places where no exit can stand, still before any work."""
+    assert isinstance(network, Network)
+    places(staged(network, next(judged.batches(2))), asked.after)
 
 
 def add_exits(asked: Exiting, original: Network, data: tuple[Any, ...], judged: Examples, path: Path,
@@ -60,28 +70,27 @@ def add_exits(asked: Exiting, original: Network, data: tuple[Any, ...], judged: 
     original: what it was made of. data: the recipe's.
     """
     train, calibration = _samples(asked, original, data, judged, seed)
-    network = opened(path)
-    assert isinstance(network, Network)
-    settings = _settings(asked, seed)
+    network = _read(path, original)
+    after = places(staged(network, next(train.batches(2))), asked.after)
+    settings = _settings(asked, network, seed)
     if asked.together:
         stage.line(f"network and exits learn from {len(train)} samples")
-        heads, tuned = together(network, stored_trees(network), original, train, asked.after, settings,
+        heads, tuned = together(network, stored_trees(network), original, train, after, settings,
                                 folder=work / "exits", advance=stage.advance)
         again = path.with_name(f"{path.name}.learnt")
         shutil.rmtree(again, ignore_errors=True)
         export_network(network, tuned.trees, again, params=tuned.params)
         shutil.rmtree(path)
         again.rename(path)
-        network = opened(path)
-        assert isinstance(network, Network)
-        exits = Exits(Stepped(network), asked.after, heads)
+        network = _read(path, original)
+        exits = Exits(staged(network, next(train.batches(2))), after, heads)
     else:
         stage.line(f"exits learn from {len(train)} samples")
-        exits = trained(network, train, asked.after, settings)
+        exits = trained(network, train, after, settings)
     exits = exits.calibrated(_technique(asked), calibration)
     save(exits, path)
     found = measured(exits, judged, [size for size in BATCHES if size <= len(judged)])
-    return {**found, "after": list(asked.after), "threshold": exits.rule.threshold,
+    return {**found, "after": list(after), "threshold": exits.rule.threshold,
             "together": asked.together, "samples": {"learn": len(train), "calibrate": len(calibration),
                                                     "judge": len(judged)}}
 
@@ -93,7 +102,7 @@ def export_early(source: Path, folder: Path) -> int:
     exits = load(source).exits
     network = exits.stepped.network
     trees = {path: tree for path, tree in stored_trees(network).items() if not isinstance(tree, Dense)}
-    samples = read_examples(network, PYTHON_DOCS, count=SHOWN).by_length()
+    samples = _shown(exits)
     batches = list(samples.batches(BATCHES[-1]))
     settings = OnnxSettings("dynamic" if any(map(coarse, trees.values())) else "float")
     folder.mkdir(parents=True)
@@ -102,6 +111,23 @@ def export_early(source: Path, folder: Path) -> int:
     file.verify(batches)
     write_beside(network, folder)
     return bytes_on_disk(folder)
+
+
+def _shown(exits: Exits) -> Examples:
+    """Samples by which a graph is compared: texts, or noise in the shape of what the network was cut on."""
+    stepped = exits.stepped
+    if not isinstance(stepped, Segments):
+        return read_examples(stepped.network, PYTHON_DOCS, count=SHOWN).by_length()
+    draw = torch.Generator().manual_seed(0)
+    return Examples({name: torch.rand(SHOWN, *shape, generator=draw)
+                     for name, shape in stepped.inputs.items()})
+
+
+def _read(path: Path, original: Network) -> Network:
+    """The network in a native folder, of the original's class."""
+    network = opened(path, original.module)
+    assert isinstance(network, Network)
+    return network
 
 
 def _samples(asked: Exiting, network: Network, data: tuple[Any, ...], judged: Examples, seed: int
@@ -133,8 +159,8 @@ def _technique(asked: Exiting) -> EarlyExit:
     return build_exit(Step("early_exit", settings={**asked.settings, "max_loss": asked.max_loss}))
 
 
-def _settings(asked: Exiting, seed: int) -> Settings:
-    start, known = TOGETHER if asked.together else TRAINING, list(Settings.__dataclass_fields__)
+def _settings(asked: Exiting, network: Network, seed: int) -> Settings:
+    start, known = starts(network, asked.together), list(Settings.__dataclass_fields__)
     wrong = [name for name in asked.training if name not in known]
     if wrong:
         raise RecipeError(f"exits: training has no setting {wrong[0]!r}{did_you_mean(wrong[0], known)}")

@@ -24,6 +24,7 @@ from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nouns import Evidence, Receipt, Recipe
 from rarefy.core.structure import Channels, Narrowing, Passage, Shortening, Thinning, Trimming, UnitGroup
 from rarefy.measure.task import Judge
+from rarefy.measure.work import multiplications
 from rarefy.models.narrowed import (
     ChannelGroup,
     channel_groups,
@@ -157,26 +158,6 @@ def _channel_receipt(channels: Channels, group: ChannelGroup, name: str, kept: T
     note += "" if lost != lost else f"; each alone would cost {lost:.3g} together"
     return Receipt(channels.site, name, before, before * kept.numel() // group.count, float("nan"), seconds,
                    note=note)
-
-
-def multiplications(network: Network, inputs: dict[str, Tensor]) -> float:
-    """Of one sample, in all linears and convolutions."""
-    total, hooks = 0.0, []
-
-    def call(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        nonlocal total
-        weight = part.get_parameter("weight")
-        total += out.numel() / len(out) / weight.shape[0] * weight.numel()
-
-    try:
-        for part in network.module.modules():
-            if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d):
-                hooks.append(part.register_forward_hook(call))
-        network.run(inputs)
-    finally:
-        for each in hooks:
-            each.remove()
-    return total
 
 
 # ---- neurons of encoders

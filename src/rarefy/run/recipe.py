@@ -86,7 +86,7 @@ class _StepFile(BaseModel):
 
 class _ExitsFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    after: tuple[int, ...] = Field(min_length=1)
+    after: tuple[int, ...] = Field(default=(), min_length=1)
     max_loss: float = 0.01
     settings: dict[str, Any] = Field(default_factory=dict)
     together: bool = False

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.examples import PIXELS
 from rarefy.core.errors import TargetError
 from rarefy.core.nodes import Node
 from rarefy.core.structure import ExitAnswers
@@ -26,7 +27,8 @@ from rarefy.export.onnx import Exported, OnnxSettings, export_onnx
 from rarefy.export.program import Values, trace
 from rarefy.formats.onnx import onnx_package
 from rarefy.models.form import MASK
-from rarefy.runtimes.exits import Exits, features
+from rarefy.models.network import TENSOR
+from rarefy.runtimes.exits import Exits
 from rarefy.runtimes.session import Session
 from rarefy.runtimes.verify import Agreement, bound_of
 
@@ -36,35 +38,50 @@ BORDER = 0.02        # share of samples so near the threshold that arithmetic se
 
 
 class Flat(nn.Module):
-    """The network's logits, then the logits of every exit, then who is sure there."""
+    """The network's logits, then the logits of every exit, then who is sure there. Takes one tensor."""
 
     def __init__(self, exits: Exits) -> None:
         super().__init__()
-        self.exits, self.form = exits, exits.stepped.network.form
-        self.network, self.heads = exits.stepped.network.module, exits.heads
+        self.exits, self.network, self.heads = exits, exits.stepped.network.module, exits.heads
+
+    def forward(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Every block and every exit, whoever is sure."""
+        return self.all({TENSOR: values})
+
+    def all(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The same of inputs by name."""
+        exits, said, sure = self.exits, list[Tensor](), list[Tensor]()
+        answer, read = exits.stepped.taught(self._called, inputs, exits.after)
+        for place, numbers in enumerate(read):
+            said.append(self.heads(place, numbers))
+            certain = exits.technique.certainty(torch.stack(said), len(exits.after) + 1)
+            sure.append(certain >= exits.rule.threshold)
+        return (answer, *said, *sure)
+
+    def _called(self, inputs: Mapping[str, Tensor]) -> Any:
+        named = {name: values for name, values in inputs.items() if name != TENSOR}
+        return self.network(*[inputs[name] for name in inputs if name == TENSOR], **named)
+
+
+class FlatText(Flat):
+    """The same of an encoder of text."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None) -> tuple[Tensor, ...]:
         """Every block and every exit, whoever is sure."""
         given = {"input_ids": input_ids, MASK: attention_mask, "token_type_ids": token_type_ids}
-        inputs = {name: values for name, values in given.items() if values is not None}
-        states: list[Tensor] = []  # behind each block, in the order of the calls: blocks may be one module
+        return self.all({name: values for name, values in given.items() if values is not None})
 
-        def look(part: nn.Module, args: Any, out: Any) -> None:
-            states.append(out[0] if isinstance(out, tuple) else out)
 
-        hooks = [block.register_forward_hook(look) for block in dict.fromkeys(self.exits.stepped.blocks)]
-        try:
-            answer = self.form.answer(self.network(**inputs), inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        said, sure, count = list[Tensor](), list[Tensor](), len(self.exits.after) + 1
-        for place, block in enumerate(self.exits.after):
-            said.append(self.heads(place, features(states[block], inputs.get(MASK))))
-            certain = self.exits.technique.certainty(torch.stack(said), count)
-            sure.append(certain >= self.exits.rule.threshold)
-        return (answer, *said, *sure)
+class FlatImages(Flat):
+    """The same of a network of transformers for images."""
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Every block and every exit, whoever is sure."""
+        return self.all({PIXELS: pixel_values})
+
+
+FLAT: dict[str, type[Flat]] = {"text": FlatText, "images": FlatImages, "tensors": Flat}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +134,8 @@ def export_exits(exits: Exits, trees: Mapping[str, Node], path: Path | str, *, i
     float32. inputs: an example. settings, calibration: as of ``export_onnx``.
     """
     onnx, path, settings = onnx_package(), Path(path), settings or OnnxSettings()
-    flat, after = Flat(exits).eval().requires_grad_(False), exits.after
+    kind = FLAT[exits.stepped.network.form.takes]
+    flat, after = kind(exits).eval().requires_grad_(False), exits.after
     program = trace(flat, inputs, (0, 1) if MASK in inputs else (0,))
     values = [each.name for each in program.proto.graph.output]
     names = [f"{kind}{place}" for kind in ("answer", "sure") for place in range(len(after))]

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from rarefy.calibration.examples import Examples
 from rarefy.core.nodes import Node
-from rarefy.models.form import MASK, Form
 from rarefy.models.network import Network
-from rarefy.runtimes.exits import BATCH, Exits, Heads, Stepped, features, places, read
+from rarefy.runtimes.exits import BATCH, Exits, Heads, Staged, places, read, staged
 from rarefy.training.examples import Rows
 from rarefy.training.loop import Advance, Batch, Loss, Settings, Task, fit, held_out
 from rarefy.training.signals import ROWS, inputs_of
@@ -37,6 +36,7 @@ from rarefy.training.tune import Tuned, Tuning, tune
 
 TRAINING = Settings(epochs=30, rate=3e-3, batch=64, patience=3, decay=0.01, precision="float32")
 TOGETHER = Settings(epochs=1, rate=5e-5, batch=32)
+PLAIN = Settings(epochs=4, rate=1e-3, batch=64, precision="float32")  # of both, where it is no encoder
 STILL = frozenset({"embed", "positions", "token_types"})  # roles that stand still even then
 HELD = 0.05
 
@@ -44,16 +44,17 @@ HELD = 0.05
 def trained(network: Network, examples: Examples, after: Sequence[int], settings: Settings = TRAINING
             ) -> Exits:
     """Exits behind some blocks, distilled from the network's own answer; the network stays as it is."""
-    stepped = Stepped(network)
+    stepped = staged(network, _first(examples))
     after = places(stepped, after)
+    heads = _heads(stepped, after, examples, settings)
     states, teacher = [], []
     for inputs in examples.batches(BATCH):
         caught, logits = read(stepped, after, inputs)
-        states.append(torch.stack(caught, 1))
+        states.append(caught)
         teacher.append(logits)
-    rows = Rows({"features": torch.cat(states), ROWS: torch.cat(teacher)})
-    heads = _heads(len(after), rows.tensors["features"].shape[-1] // 2, rows.tensors[ROWS].shape[1], settings)
-    task = _Lesson(heads)
+    columns = [torch.cat(parts) for parts in zip(*states, strict=True)]
+    rows = Rows({**{_column(place): each for place, each in enumerate(columns)}, ROWS: torch.cat(teacher)})
+    task = _Lesson(heads, len(after))
     train, held = rows.split(0.1, settings.seed)
     fit(task, train, settings, gate=held_out(task, held, settings))
     return Exits(stepped, after, heads.requires_grad_(False))
@@ -66,46 +67,64 @@ def together(network: Network, trees: Mapping[str, Node], teacher: Network, exam
 
     trees: the network's weights where they are more than numbers. folder, advance: as for ``fit``.
     """
-    after = places(Stepped(network), after)
+    stepped = staged(network, _first(examples))
+    after = places(stepped, after)
     with torch.no_grad():
         said = torch.cat([teacher.run(inputs) for inputs in examples.batches(BATCH)])
-    heads = _heads(len(after), network.config.hidden_size, said.shape[1], settings)
+    heads = _heads(stepped, after, examples, settings)
     train, held = Rows({**examples.inputs, ROWS: said}).split(HELD, settings.seed)
     where = tuple(site.path for site in network.map.sites if site.role not in STILL)
     tuning = Tuning(frozenset({"weights", "factors", "adapters", "scales", "codebooks", "buckets", "norms",
                                "biases"}), where=where)
-    tuned = tune(network, trees, tuning, _Deep(heads, after, network.form), train, settings, held=held,
+    tuned = tune(network, trees, tuning, _Deep(heads, after, stepped), train, settings, held=held,
                  folder=folder, identity={"exits": str(after)}, advance=advance)
     return heads.requires_grad_(False), tuned
 
 
-def _heads(exits: int, width: int, classes: int, settings: Settings) -> Heads:
+def starts(network: Network, joint: bool) -> Settings:
+    """The settings of training where nobody says others. joint: the network learns, too."""
+    if network.form.takes != "text":
+        return PLAIN
+    return TOGETHER if joint else TRAINING
+
+
+def _first(examples: Examples) -> dict[str, Tensor]:
+    return next(examples.batches(2))
+
+
+def _heads(stepped: Staged, after: tuple[int, ...], examples: Examples, settings: Settings) -> Heads:
+    caught, logits = read(stepped, after, _first(examples))
+    numbers = [each.shape[1] for each in caught]
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return Heads(exits, width, classes)
+        return Heads(numbers, [stepped.units(each) for each in numbers], logits.shape[1])
+
+
+def _column(place: int) -> str:
+    return f"features{place}"
 
 
 class _Lesson(Task):
     """Every head learns the network's own distribution: KL, summed over exits."""
 
-    def __init__(self, heads: Heads) -> None:
+    def __init__(self, heads: Heads, exits: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.exits = heads, exits
 
     def forward(self, batch: Batch) -> Loss:
         wanted = batch[ROWS].log_softmax(-1)
         total = wanted.new_zeros(())
-        for place in range(batch["features"].shape[1]):
-            total = total + _kl(wanted, self.heads(place, batch["features"][:, place])).sum()
+        for place in range(self.exits):
+            total = total + _kl(wanted, self.heads(place, batch[_column(place)])).sum()
         return Loss(total, torch.tensor(float(len(wanted)), device=wanted.device))
 
 
 class _Deep(nn.Module):
     """The loss above, one number for each sample."""
 
-    def __init__(self, heads: Heads, after: tuple[int, ...], form: Form) -> None:
+    def __init__(self, heads: Heads, after: tuple[int, ...], stepped: Staged) -> None:
         super().__init__()
-        self.heads, self.after, self.form = heads, after, form
+        self.heads, self.after, self.stepped = heads, after, stepped
 
     def __call__(self, student: Student, batch: Batch) -> Tensor:  # typed, unlike nn.Module's
         losses: Tensor = super().__call__(student, batch)
@@ -113,13 +132,11 @@ class _Deep(nn.Module):
 
     def forward(self, student: Student, batch: Batch) -> Tensor:
         inputs, wanted = inputs_of(batch), batch[ROWS].log_softmax(-1)
-        out = student(inputs, output_hidden_states=True)
-        states = out.hidden_states  # what enters the first block, then what leaves each
-        blocks = len(states) - 1
-        total = blocks * _kl(wanted, self.form.answer(out, inputs))
+        answer, caught = self.stepped.taught(student, inputs, self.after)
+        blocks = len(self.stepped.blocks)
+        total = blocks * _kl(wanted, answer)
         for place, block in enumerate(self.after):
-            said = self.heads(place, features(states[block + 1], inputs.get(MASK)))
-            total = total + (block + 1) * _kl(wanted, said)
+            total = total + (block + 1) * _kl(wanted, self.heads(place, caught[place]))
         return total / (blocks + sum(block + 1 for block in self.after))
 
 

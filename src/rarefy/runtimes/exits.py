@@ -1,4 +1,4 @@
-"""Run an encoder with exits: every sample leaves behind the first block that is sure of its answer.
+"""Run a classifier with exits: every sample leaves behind the first block that is sure of its answer.
 
     exits = trained(network, examples, after=(1, 3))       heads that learnt, see ``exit_training``
     exits = exits.calibrated(EarlyExit(max_loss=0.01), others)
@@ -7,8 +7,9 @@
     network = rarefy.load(folder)                           a module that leaves early
 
 Samples that left are taken out of the batch, and padding that only they needed with them, so blocks compute
-less. The network itself is not changed: its blocks are called one by one with what it hands to them, and
-what stands behind the last block sees the samples that came that far.
+less. The network itself is not changed. An encoder's blocks are called one by one with what it hands to them,
+and what stands behind the last block sees the samples that came that far (``Stepped``); a CNN or another
+plain network is cut where one tensor carries everything (``runtimes.segments``).
 
 The heads lie in ``exits.safetensors`` beside the weights; its header says where they stand, the rule and its
 threshold, and the hash of the weights that they were trained on.
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int64
@@ -38,12 +39,40 @@ from rarefy.core.structure import ExitAnswers, ExitRule
 from rarefy.export.networks import EXITS, native_folder, opened, stored_trees
 from rarefy.formats.native import TREE
 from rarefy.models.form import MASK
-from rarefy.models.network import Network, call
+from rarefy.models.network import TENSOR, Network, call
+from rarefy.runtimes.segments import Behind, Cut, Segments
 from rarefy.runtimes.torch import attach
 from rarefy.techniques.depth.early_exit import EarlyExit
 
 BATCH = 64
 TIMED = 256  # samples that are timed
+CHOSEN = (0.25, 0.5, 0.75)  # shares of the work behind which exits stand where nobody says
+
+
+class Staged(Protocol):
+    """A network block by block: what ``Stepped`` makes of an encoder, ``Segments`` of a plain network.
+
+    names: the module behind which each block ends. work: the share of all work that is done there.
+    """
+
+    network: Network
+    blocks: list[nn.Module]
+    names: tuple[str, ...]
+    work: tuple[float, ...]
+
+    def run(self, inputs: Mapping[str, Tensor], after: Sequence[int], behind: Behind) -> Tensor | None:
+        """The answer to the samples that come to the end; None where none does.
+
+        behind: called with the place in ``after`` and what a head reads there, [samples, numbers]; it says
+        which samples go on (None: all).
+        """
+
+    def taught(self, student: Callable[[Mapping[str, Tensor]], Any], inputs: Mapping[str, Tensor],
+               after: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """The answer of a student of the network, and what heads read of its states."""
+
+    def units(self, numbers: int) -> int:
+        """Hidden units of a head that reads so many numbers."""
 
 
 class _Reached(Exception):
@@ -77,6 +106,9 @@ class Stepped:
             raise ModelError(f"{network.name}: its blocks are no list, so nothing can leave between them")
         members = list(lists[0])
         self.blocks = [members[block * len(members) // total] for block in range(total)]
+        known = {id(part): name for name, part in whole.named_modules()}
+        self.names = tuple(known[id(each)] for each in self.blocks)
+        self.work = tuple((block + 1) / total for block in range(total))
         self._door = _Door()
         kept: dict[int, Any] = {id(each): each for each in (*whole.parameters(), *whole.buffers())}
         kept[id(lists[0])] = nn.ModuleList([self._door] * len(members))
@@ -107,16 +139,56 @@ class Stepped:
         finally:
             self._door.state = None
 
+    def run(self, inputs: Mapping[str, Tensor], after: Sequence[int], behind: Behind) -> Tensor | None:
+        """As ``Staged`` says."""
+        hidden, args, kwargs = self.enter(inputs)
+        for block in range(len(self.blocks)):
+            hidden = self.block(block, hidden, args, kwargs)
+            if block not in after:
+                continue
+            stay = behind(after.index(block), features(hidden, inputs.get(MASK)))
+            if stay is not None and not len(stay):
+                return None
+            if stay is not None:
+                inputs, hidden, args, kwargs = _shrunk(stay, inputs, hidden, args, kwargs)
+        return self.leave(hidden, inputs)
+
+    def taught(self, student: Callable[[Mapping[str, Tensor]], Any], inputs: Mapping[str, Tensor],
+               after: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """As ``Staged`` says."""
+        states: list[Tensor] = []  # behind each block, in the order of the calls: blocks may be one module
+
+        def look(part: nn.Module, args: Any, out: Any) -> None:
+            states.append(out[0] if isinstance(out, tuple) else out)
+
+        hooks = [block.register_forward_hook(look) for block in dict.fromkeys(self.blocks)]
+        try:
+            answer = self.network.form.answer(student(inputs), inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return answer, [features(states[block], inputs.get(MASK)) for block in after]
+
+    def units(self, numbers: int) -> int:
+        """As many as the states are wide."""
+        return numbers // 2
+
+
+def staged(network: Network, inputs: Mapping[str, Tensor]) -> Staged:
+    """A network block by block. inputs: samples on which one without a list of blocks is watched."""
+    return Stepped(network) if network.form.takes == "text" else Segments.of(network, inputs)
+
 
 class Heads(nn.Module):
-    """A head for each exit: the first token and the mean of all, one hidden layer, logits."""
+    """A head for each exit: one hidden layer, logits. reads, units: how many numbers each reads and makes of
+    them."""
 
-    def __init__(self, exits: int, width: int, classes: int) -> None:
+    def __init__(self, reads: Sequence[int], units: Sequence[int], classes: int) -> None:
         super().__init__()
-        self.inside = nn.ModuleList([nn.Linear(2 * width, width) for _ in range(exits)])
-        self.last = nn.ModuleList([nn.Linear(width, classes) for _ in range(exits)])
+        self.inside = nn.ModuleList([nn.Linear(*each) for each in zip(reads, units, strict=True)])
+        self.last = nn.ModuleList([nn.Linear(each, classes) for each in units])
 
-    def forward(self, place: int, features: Float[Tensor, "samples twice"]
+    def forward(self, place: int, features: Float[Tensor, "samples numbers"]
                 ) -> Float[Tensor, "samples classes"]:
         logits: Tensor = self.last[place](torch.tanh(self.inside[place](features)))
         return logits
@@ -133,7 +205,7 @@ def features(hidden: Tensor, mask: Tensor | None) -> Tensor:
 class Exits:
     """A classifier with exits. after: behind which blocks (from 0) they stand. rule: when samples leave."""
 
-    stepped: Stepped
+    stepped: Staged
     after: tuple[int, ...]
     heads: Heads
     technique: EarlyExit = field(default_factory=EarlyExit)
@@ -144,31 +216,27 @@ class Exits:
                  ) -> tuple[Float[Tensor, "samples classes"], Int64[Tensor, " samples"]]:
         """Logits, and through how many blocks each sample went. threshold: another than the rule's."""
         limit = self.rule.threshold if threshold is None else threshold
-        hidden, args, kwargs = self.stepped.enter(inputs)
-        alive, total = torch.arange(len(hidden)), len(self.stepped.blocks)
-        answers: Tensor | None = None
-        depth, said = torch.full((len(hidden),), total), list[Tensor]()
-        for block in range(total):
-            hidden = self.stepped.block(block, hidden, args, kwargs)
-            if block not in self.after:
-                continue
-            mask = inputs.get(MASK)
-            said.append(self.heads(self.after.index(block), features(hidden, mask)))
+        alive = torch.arange(len(next(iter(inputs.values()))))
+        depth, said = torch.full((len(alive),), len(self.stepped.blocks)), list[Tensor]()
+        left: list[tuple[Tensor, Tensor]] = []  # samples and their answers
+
+        def behind(place: int, read: Tensor) -> Tensor | None:
+            nonlocal alive, said
+            said.append(self.heads(place, read))
             sure = self.technique.certainty(torch.stack(said), len(self.after) + 1) >= limit
             if not bool(sure.any()):
-                continue
-            answers = said[-1].new_empty(len(depth), said[-1].shape[1]) if answers is None else answers
-            answers[alive[sure]], depth[alive[sure]] = said[-1][sure], block + 1
+                return None
+            left.append((alive[sure], said[-1][sure]))
+            depth[alive[sure]] = self.after[place] + 1
             stay = (~sure).nonzero()[:, 0]
             alive, said = alive[stay], [each[stay] for each in said]
-            if not len(stay):
-                return answers, depth
-            inputs, hidden, args, kwargs = _shrunk(stay, inputs, hidden, args, kwargs)
-        logits = self.stepped.leave(hidden, inputs)
-        if answers is None:
-            return logits, depth
-        answers[alive] = logits
-        return answers, depth
+            return stay
+
+        logits = self.stepped.run(inputs, self.after, behind)
+        if logits is not None:
+            left.append((alive, logits))
+        samples, answers = (torch.cat(parts) for parts in zip(*left, strict=True))
+        return answers[samples.argsort()], depth
 
     @torch.no_grad()
     def answers(self, examples: Examples) -> ExitAnswers:
@@ -201,21 +269,35 @@ class Early(nn.Module):
         self.network, self.heads = exits.stepped.network.module, exits.heads
         self.lowered: dict[str, str] = {}
 
-    def forward(self, *, threshold: float | None = None, **inputs: Tensor) -> Answer:
-        """threshold: of certainty; another than the one that was calibrated."""
-        logits, blocks = self.exits(inputs, threshold)
+    def forward(self, *positional: Tensor, threshold: float | None = None, **inputs: Tensor) -> Answer:
+        """positional: one tensor, where the network takes that. threshold: of certainty; another than the
+        one that was calibrated."""
+        given = dict(zip((TENSOR,), positional, strict=True)) if positional else {}
+        logits, blocks = self.exits({**given, **inputs}, threshold)
         return Answer(logits=logits, blocks=blocks)
 
 
-def places(stepped: Stepped, after: Sequence[int]) -> tuple[int, ...]:
-    """Where exits may stand, or RecipeError."""
-    network, total = stepped.network, len(stepped.blocks)
+def places(stepped: Staged, after: Sequence[int]) -> tuple[int, ...]:
+    """Where exits may stand, or RecipeError. after: nothing: evenly over the work."""
+    classifier(stepped.network)
+    network, free = stepped.network, len(stepped.blocks) - 1
+    if not free:
+        raise ModelError(f"{network.name}: has one block, and no exit can stand in front of its end")
+    if not after:
+        return tuple(sorted({min(range(free), key=lambda block: abs(stepped.work[block] - share))
+                             for share in CHOSEN}))
+    if list(after) != sorted(set(after)) or not 0 <= after[0] <= after[-1] < free:
+        known = ", ".join(f"{block} {name}" for block, name in enumerate(stepped.names[:free]))
+        raise RecipeError(f"exits after {list(after)}: choose rising numbers of blocks from 0 to {free - 1} "
+                          f"({known})")
+    return tuple(after)
+
+
+def classifier(network: Network) -> None:
+    """Refuse a network that gives no classes."""
     if network.form.gives != "classes":
         raise ModelError(f"{network.name}: gives no classes, so no exit can be sure of one; put a head on it "
                          "(rarefy finetune)")
-    if not after or list(after) != sorted(set(after)) or not 0 <= after[0] <= after[-1] < total - 1:
-        raise RecipeError(f"exits after {list(after)}: choose rising numbers of blocks from 0 to {total - 2}")
-    return tuple(after)
 
 
 # ---- in a folder
@@ -226,36 +308,43 @@ def save(exits: Exits, folder: Path | str) -> None:
     said = {"after": list(exits.after), "technique": asdict(exits.technique),
             "rule": {**asdict(rule), "threshold": rule.threshold if math.isfinite(rule.threshold) else None},
             "weights": _weights(folder)}
+    if isinstance(exits.stepped, Segments):
+        said["cuts"] = [asdict(cut) for cut in exits.stepped.cuts]
+        said["inputs"] = exits.stepped.inputs
     part = folder / f"{EXITS}.part"
     save_file({name: value.contiguous() for name, value in exits.heads.state_dict().items()}, part,
               {"exits": json.dumps(said)})
     part.replace(folder / EXITS)
 
 
-def load(ref: Path | str, *, fast: bool = False, exact: bool = False, tokens: int | None = None) -> Early:
+def load(ref: Path | str, *, into: nn.Module | None = None, fast: bool = False, exact: bool = False,
+         tokens: int | None = None) -> Early:
     """The network with exits in a native folder, or in that of a job.
 
-    fast: weights run by the fastest kernels, as ``runtimes.torch.attach`` (exact, tokens) chooses them.
+    into: a module of the network's class, where that is the user's own. fast: weights run by the fastest
+    kernels, as ``runtimes.torch.attach`` (exact, tokens) chooses them.
     """
-    folder, network = native_folder(ref), opened(ref)
+    folder, network = native_folder(ref), opened(ref, into)
     if folder is None or not (folder / EXITS).is_file() or not isinstance(network, Network):
         raise ModelError(f"{ref}: holds no network with exits; rarefy exits makes one")
     lowered = attach(network.module, stored_trees(network), exact=exact, tokens=tokens) if fast else {}
-    early = Early(_held(folder, Stepped(network)))
+    early = Early(_held(folder, network))
     early.lowered = lowered
     return early
 
 
-def _held(folder: Path, stepped: Stepped) -> Exits:
+def _held(folder: Path, network: Network) -> Exits:
     """The exits in a folder; ModelError where they do not belong to the network."""
     place = folder / EXITS
     try:
         with safe_open(place, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             said = json.loads(file.metadata()["exits"])
+        cuts = [Cut(**cut) for cut in said.get("cuts", ())]
+        stepped: Staged = Segments(network, cuts, said["inputs"]) if cuts else Stepped(network)
         after, rule = places(stepped, said["after"]), said["rule"]
-        classes, width = tensors["last.0.weight"].shape
-        heads = Heads(len(after), width, classes)
+        inside = [tensors[f"inside.{place}.weight"].shape for place in range(len(after))]
+        heads = Heads([each[1] for each in inside], [each[0] for each in inside], len(tensors["last.0.bias"]))
         heads.load_state_dict(tensors)
         threshold = math.inf if rule["threshold"] is None else float(rule["threshold"])
         found = Exits(stepped, after, heads.eval().requires_grad_(False), EarlyExit(**said["technique"]),
@@ -282,12 +371,15 @@ def measured(exits: Exits, examples: Examples, batches: Sequence[int] = (1, 32),
     answers: to these examples, where they are known already.
     """
     answers, technique = exits.answers(examples) if answers is None else answers, exits.technique
-    depths = torch.tensor([*(block + 1 for block in exits.after), len(exits.stepped.blocks)])
+    ends = [*exits.after, len(exits.stepped.blocks) - 1]
+    depths = torch.tensor(ends) + 1
+    work = torch.tensor([exits.stepped.work[block] for block in ends])
 
     def quality(threshold: float) -> dict[str, float]:
         leaves = technique.leaves(answers, threshold)
         given = answers.logits.argmax(-1).gather(0, leaves[None])[0]
         found = {"threshold": threshold, "mean_blocks": float(depths[leaves].float().mean()),
+                 "mean_work": float(work[leaves].mean()),
                  "same": float((given == answers.logits[-1].argmax(-1)).float().mean())}
         if answers.labels is not None:
             found["accuracy"] = float((given == answers.labels).float().mean())
@@ -298,6 +390,7 @@ def measured(exits: Exits, examples: Examples, batches: Sequence[int] = (1, 32),
     return {"rule": technique.rule, "max_loss": technique.max_loss, **quality(exits.rule.threshold),
             "whole": quality(float("inf")), "note": exits.rule.note,
             "left": {int(block): int((depths[leaves] == block).sum()) for block in depths},
+            "behind": {block + 1: exits.stepped.names[block] for block in exits.after},
             "curve": [quality(threshold) for threshold in thresholds],
             "seconds": {size: _clock(exits, examples, size) for size in batches}}
 
@@ -320,16 +413,13 @@ def _clock(exits: Exits, examples: Examples, size: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def read(stepped: Stepped, after: Sequence[int], inputs: Mapping[str, Tensor]
+def read(stepped: Staged, after: Sequence[int], inputs: Mapping[str, Tensor]
          ) -> tuple[list[Tensor], Tensor]:
     """What heads read behind every exit, and the network's answer."""
-    hidden, args, kwargs = stepped.enter(inputs)
-    caught = []
-    for block in range(len(stepped.blocks)):
-        hidden = stepped.block(block, hidden, args, kwargs)
-        if block in after:
-            caught.append(features(hidden, inputs.get(MASK)))
-    return caught, stepped.leave(hidden, inputs)
+    caught: list[Tensor] = []
+    logits = stepped.run(inputs, after, lambda _, numbers: caught.append(numbers))
+    assert logits is not None
+    return caught, logits
 
 
 def _shrunk(stay: Tensor, inputs: Mapping[str, Tensor], hidden: Tensor, args: tuple[Any, ...],
