@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from standard import evidence, weight  # noqa: F401  (fixtures)
-from tiny_networks import tiny_cnn, tiny_encoder  # noqa: F401  (fixtures)
+from tiny_networks import tiny_cnn, tiny_encoder, tiny_gru, tiny_lstm  # noqa: F401  (fixtures)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.calibration.examples import Examples, read_examples
 from rarefy.core.errors import EditError, RecipeError
@@ -19,7 +19,7 @@ from rarefy.export.networks import export_network, opened, stored_trees
 from rarefy.measure.divergence import Reference
 from rarefy.measure.task import Judge
 from rarefy.models.model import Model, open_model
-from rarefy.models.network import Network
+from rarefy.models.network import TENSOR, Network
 from rarefy.models.opening import open_any
 from rarefy.models.runner import Runner
 from rarefy.run.sharing import share_layers
@@ -30,6 +30,7 @@ from rarefy.training.loop import Settings
 from rarefy.training.signals import Distillation
 from rarefy.training.tune import Tuning, tune
 from small_networks import bert, tokens
+from tiny_networks import TinyRNN
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +167,52 @@ def test_distillation_recovers_what_sharing_lost(tiny_encoder: Path) -> None:
     teacher = network.run(found.batches(200).__next__())
     agreed = float((answers.argmax(1) == teacher.argmax(1)).float().mean())
     assert before.same is not None and agreed > max(before.same, 0.9)
+
+
+# ---- any network ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_recurrent_layers_share_what_has_one_shape(kind: str, request: pytest.FixtureRequest, tmp_path: Path
+                                                   ) -> None:
+    digits = request.getfixturevalue(f"tiny_{kind}")
+    network, (x, _) = Network.from_module(digits.module), digits.train
+    done = share_layers(network, Layers(rank=2), Examples({TENSOR: x[:64]}))
+    at = "rnn.layers.{}.{}.weight".format
+    assert {path: type(tree) for path, tree in done.trees.items()} == {
+        at(1, "ih"): Dense, at(2, "ih"): Sum, at(0, "hh"): Dense, at(1, "hh"): Sum, at(2, "hh"): Sum}
+    notes = {receipt.site: receipt.note for receipt in done.receipts}
+    assert notes[at(0, "ih")] == "stays alone: no other layer has one of its shape"
+    assert notes[at(0, "hh")] == "stored for all" and notes[at(2, "ih")] == f"uses {at(1, 'ih')}"
+    stored = export_network(network, done.trees, tmp_path / "out")
+    again = opened(tmp_path / "out", TinyRNN(kind.upper()))
+    assert stored < 0.6 * export_network(network, {}, tmp_path / "whole")
+    assert isinstance(again, Network)
+    tensors = network.tensors(done.trees.get)
+    torch.testing.assert_close(again.run({TENSOR: x[:8]}), network.run({TENSOR: x[:8]}, tensors))
+    pair = share_layers(network, Layers(group=2, start="average"))
+    left = {receipt.site for receipt in pair.receipts if "left over" in receipt.note}
+    assert left == {at(2, "hh")}
+
+
+def test_plain_layers_share_and_corrections_of_full_rank_change_nothing() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3),
+                           nn.Flatten(), nn.Linear(8, 3))
+    network, x = Network.from_module(module), torch.randn(40, 2, 8)
+    done = share_layers(network, Layers(start="first", rank=3), Examples({TENSOR: x}), dtype=torch.float32)
+    assert set(done.trees) == {"2.weight", "4.weight"}
+    assert done.trees["4.weight"].shape == (4, 12)
+    lost = share_layers(network, Layers(start="first"), dtype=torch.float32)
+    error = {receipt.site: receipt.error for receipt in done.receipts}
+    assert error["4.weight"] < next(each.error for each in lost.receipts if each.site == "4.weight")
+
+
+@pytest.mark.parametrize(("module", "settings", "message"), [
+    (nn.GRU(4, 6), {}, "no two layers of one list have a weight of the same shape; sharing takes two"),
+    (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {}, "sharing takes two"),
+    (nn.LSTM(4, 6, 2), {"what": "attention"}, "no weights of that kind to share, only hh; use what: all"),
+    (nn.LSTM(4, 6, 2), {"what": "ffn"}, "no weights of that kind")])
+def test_networks_with_nothing_to_share(module: nn.Module, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(EditError, match=message):
+        share_layers(Network.from_module(module), Layers(start="average", **settings))

@@ -1,7 +1,8 @@
-"""Techniques of scope ``stack``: blocks of a language model or an encoder that share their matrices.
+"""Techniques of scope ``stack``: layers of a network that share their matrices.
 
-What comes out are trees, ``Shared`` where a block uses another's matrix: the native format stores that
-matrix once, and ``tune`` trains it once, for all blocks that use it.
+What comes out are trees, ``Shared`` where a layer uses another's matrix: the native format stores that
+matrix once, and ``tune`` trains it once, for all layers that use it. Which layers could is said in
+``models.stacks``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.runner import Runner
+from rarefy.models.stacks import Place, alike, places
 from rarefy.run.planning import sharings
 
 
@@ -38,33 +41,37 @@ class SharedLayers:
 
 def share_layers(model: Model | Network, technique: Sharing, data: Tensor | Examples | None = None, *,
                  dtype: torch.dtype = torch.float16) -> SharedLayers:
-    """Let blocks of ``model`` share matrices as ``technique`` says.
+    """Let layers of ``model`` share matrices as ``technique`` says.
 
     data: windows of tokens or examples, where the technique looks at what arrives. dtype: of what is stored.
     """
-    blocks = model.map.blocks
-    sites = [{site.role: site for site in model.map.in_block(block)} for block in range(blocks)]
-    chosen = [site for block in sites for site in block.values() if technique.chosen(site.role)]
+    found = places(model)
+    if not found:
+        raise EditError(f"{model.name}: no two layers of one list have a weight of the same shape; sharing "
+                        "takes two")
+    chosen = [place for place in found if technique.chosen(place[0].role)]
     if not chosen:
-        raise EditError(f"{model.name}: its blocks have no weights of that kind to share")
-    evidence = _evidence(model, chosen, data) if technique.needs else {}
+        roles = ", ".join(dict.fromkeys(place[0].role for place in found))
+        raise EditError(f"{model.name}: its layers have no weights of that kind to share, only {roles}; use "
+                        "what: all")
+    evidence = _evidence(model, [site for place in chosen for site in place], data) if technique.needs else {}
     trees: dict[str, Node] = {}
     receipts: list[Receipt] = []
-    for group in technique.groups(blocks):
-        for role in sites[group[0]]:
-            if technique.chosen(role):
-                _share(model, technique, [sites[block].get(role) for block in group], evidence, dtype, trees,
-                       receipts)
+    for place in chosen:
+        for group in alike(place):
+            for index in technique.groups(len(group)):
+                _share(model, technique, [group[each] for each in index], evidence, dtype, trees, receipts)
+        receipts += [_alone(site, place) for site in place if site.path not in trees]
     return SharedLayers(trees, tuple(receipts))
 
 
 def check_sharing(recipe: Recipe, target: str) -> None:
-    """Refuse targets that store every block's weights."""
+    """Refuse targets that store every layer's weights."""
     step = next((step for step in recipe.steps if step.technique in sharings()), None)
     if step is None:
         return
     if target != "torch":
-        raise TargetError(f"{step.technique}: {target} stores the weights of every block, so sharing would "
+        raise TargetError(f"{step.technique}: {target} stores the weights of every layer, so sharing would "
                           "save nothing there; use --for torch")
     if step.where != ("*",):
         raise RecipeError(f"{step.technique}: shares whole roles (what: attention, ffn or all); leave "
@@ -85,18 +92,19 @@ def relinked(tree: Node, owner: Callable[[str], Node | None]) -> Node:
     return tree.rebuilt(tuple(relinked(child, owner) for child in below)) if below else tree
 
 
-def _share(model: Model | Network, technique: Sharing, sites: list[Site | None],
-           evidence: dict[str, Evidence], dtype: torch.dtype, trees: dict[str, Node],
-           receipts: list[Receipt]) -> None:
-    """One role in one group of blocks."""
-    started = time.perf_counter()
-    first = sites[0]
-    assert first is not None
-    alike = [site for site in sites if site is not None and site.shape == first.shape]
-    if len(alike) != len(sites):
-        raise EditError(f"{first.path}: the blocks that are to share it have other shapes; choose a smaller "
-                        "group")
-    paths = tuple(site.path for site in alike)
+def _alone(site: Site, place: Place) -> Receipt:
+    """What is said of a weight that no other layer shares."""
+    bits = 16 * prod(site.shape)
+    others = [other for other in place if other.path != site.path and other.shape == site.shape]
+    why = "left over behind the last group" if others else "no other layer has one of its shape"
+    return Receipt(site.path, "layers", bits, bits, 0.0, 0.0, note=f"stays alone: {why}")
+
+
+def _share(model: Model | Network, technique: Sharing, sites: list[Site], evidence: dict[str, Evidence],
+           dtype: torch.dtype, trees: dict[str, Node], receipts: list[Receipt]) -> None:
+    """One group of weights of one shape."""
+    started, first = time.perf_counter(), sites[0]
+    paths = tuple(site.path for site in sites)
     weights = torch.stack([model.weight(path) for path in paths])
     matrix, corrections = technique.share(Stack(first.role, paths, weights,
                                                 tuple(evidence.get(path) for path in paths)))

@@ -1,15 +1,17 @@
-"""Let blocks share their matrices: ALBERT made of a trained model, with small corrections if wanted.
+"""Let layers share their matrices: ALBERT made of a trained model, with small corrections if wanted.
 
-Of ``group`` consecutive blocks all use one matrix W in each role, stored once. A trained model's W_1 .. W_n
-with second moments G_l of their inputs become
+Of ``group`` consecutive layers all use one matrix W at each place, stored once. Layers are the blocks of a
+language model or an encoder, the members of any list of modules, or the layers of a recurrent one; where a
+weight has another shape (the first of a recurrent layer's), it stays alone. A trained model's W_1 .. W_n with
+second moments G_l of their inputs become
 
     average    W = 1/n sum_l W_l
     first      W = W_1
     fit        W = argmin sum_l |(W - W_l) X_l|^2 = (sum_l W_l G_l) (sum_l G_l)^-1
 
-and, where ``rank`` is not 0, W + B_l A_l in every block but the first, which stores W and uses it as it is:
+and, where ``rank`` is not 0, W + B_l A_l in every layer but the first, which stores W and uses it as it is:
 B_l A_l is the best of its rank for what is missing, min |(W_l - W - B_l A_l) X_l|^2, from the SVD of
-(W_l - W) G_l^(1/2). Norms and biases stay each block's own: they are few, and let shared blocks differ.
+(W_l - W) G_l^(1/2). Norms and biases stay each layer's own: they are few, and let shared layers differ.
 
 What is left computes as long as before and answers badly; it is a start for distillation from the original.
 
@@ -38,10 +40,10 @@ Correction = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in_"]]
 
 @dataclass(frozen=True)
 class Layers:
-    """Share the matrices of consecutive blocks.
+    """Share the matrices of consecutive layers.
 
     Shapes: share gives [out, in] and factors [out, rank], [rank, in]. what: all, attention or ffn. group: how
-    many blocks share (0: all of them). start: average, first or fit. rank: of each block's own correction
+    many layers share (0: all of them). start: average, first or fit. rank: of each layer's own correction
     (0: none). damping: share of the mean diagonal added to each second moment.
     """
 
