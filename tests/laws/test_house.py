@@ -6,6 +6,8 @@ A function may be long when one loop is the algorithm; it then says so on its ``
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import os
 import re
 import resource
@@ -110,3 +112,11 @@ def test_readme_commands_are_the_ones_that_ci_runs() -> None:
     assert set(marked) == {"demo", "test"}
     assert marked["demo"].startswith("pip install -e '.[demo]' && rarefy compress gemma-3-270m ")
     assert "pytest" in marked["test"]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if ">>>" in path.read_text()],
+                         ids=lambda path: str(path.relative_to(SOURCE)))
+def test_worked_examples_come_out(path: Path) -> None:
+    name = ".".join(("rarefy", *path.relative_to(SOURCE).with_suffix("").parts))
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed

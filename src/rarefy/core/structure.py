@@ -51,7 +51,15 @@ class UnitGroup:
         return self.written.numel()
 
     def dearest(self, scores: Float[Tensor, " units"], count: int) -> Int64[Tensor, " kept"]:
-        """The ``count`` units of the highest scores, as many in every run, sorted; of equals the first."""
+        """The ``count`` units of the highest scores, as many in every run, sorted; of equals the first.
+
+        Of four queries the first two share keys and values, and so do the others:
+
+        >>> ones = torch.ones(4)
+        >>> group = UnitGroup("o_proj", "queries", 0, torch.arange(4), torch.diag(ones), ones, runs=2)
+        >>> group.dearest(torch.tensor([1.0, 2.0, 9.0, 8.0]), 2)
+        tensor([1, 2])
+        """
         order = scores.view(self.runs, -1).argsort(dim=1, descending=True, stable=True)
         starts = torch.arange(0, self.units, self.units // self.runs)
         kept: Tensor = (order[:, :count // self.runs] + starts[:, None]).flatten().sort().values

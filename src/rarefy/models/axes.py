@@ -66,7 +66,17 @@ class Coupling:
 
 
 def couplings(model: Model) -> tuple[Coupling, ...]:
-    """Every coupling of a model, block by block, then the head's, then the residual stream."""
+    """Every coupling of a model, block by block, then the head's, then the residual stream.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=6, num_hidden_layers=1,
+    ...                      num_attention_heads=4, num_key_value_heads=2)
+    >>> found = couplings(Model.from_module(LlamaForCausalLM(config), None))
+    >>> [(each.role, each.size) for each in found]
+    [('norm', 8), ('norm', 8), ('values', 4), ('hidden', 6), ('norm', 8), ('residual', 8)]
+    >>> [member.path for member in (*found[3].writers, *found[3].readers)]
+    ['model.layers.0.mlp.up_proj.weight', 'model.layers.0.mlp.down_proj.weight']
+    """
     family = model.map.family.name
     if family not in GATED + UNGATED:
         raise ModelError(f"{model.name}: which channels of the {family} family belong together is not known; "

@@ -37,7 +37,13 @@ PER_BLOCK = ("layer_types", "no_rope_layers", "block_neurons", LATENT)
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where units lie in one tensor: ``unit[i]`` stands at position i of ``axis``; -1: not theirs, stays."""
+    """Where units lie in one tensor: ``unit[i]`` stands at position i of ``axis``; -1: not theirs, stays.
+
+    Three heads of two channels are six columns of the matrix behind them; without head 1:
+
+    >>> Place("o_proj.weight", 1, torch.tensor([0, 0, 1, 1, 2, 2])).kept(torch.tensor([0, 2]))
+    tensor([0, 1, 4, 5])
+    """
 
     path: str
     axis: int
@@ -52,7 +58,27 @@ class Place:
 class Units:
     """All neurons, heads or queries of one block: who writes them and the matrix whose columns read them.
 
-    runs: as ``UnitGroup``'s.
+    runs: as ``UnitGroup``'s. A Llama whose four heads of two channels share two of keys and values:
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=6, num_hidden_layers=1,
+    ...                      num_attention_heads=4, num_key_value_heads=2)
+    >>> model = Model.from_module(LlamaForCausalLM(config), None)
+    >>> found = heads(model, 0)
+    >>> for place in (*found.writers, found.reader):
+    ...     print(place.path.removeprefix("model.layers.0.self_attn."), place.axis, place.unit.tolist())
+    q_proj.weight 0 [0, 0, 0, 0, 1, 1, 1, 1]
+    k_proj.weight 0 [0, 0, 1, 1]
+    v_proj.weight 0 [0, 0, 1, 1]
+    o_proj.weight 1 [0, 0, 0, 0, 1, 1, 1, 1]
+
+    Without the first of them every member is half as large, and the configuration says so:
+
+    >>> smaller = without_units(model, {0: torch.tensor([1])}, "heads", {})
+    >>> smaller.weight("model.layers.0.self_attn.q_proj.weight").shape
+    torch.Size([4, 8])
+    >>> smaller.config.num_attention_heads, smaller.config.num_key_value_heads
+    (2, 1)
     """
 
     role: str
@@ -64,7 +90,13 @@ class Units:
 
 
 def neurons(model: Model, block: int) -> Units:
-    """The neurons of a block's feed-forward part: rows of gate and up, columns of down."""
+    """The neurons of a block's feed-forward part: rows of gate and up, columns of down.
+
+    In a fused matrix of gate and up, neuron 2 of 6 is rows 2 and 8; without neurons 0 and 1:
+
+    >>> Place("gate_up_proj.weight", 0, torch.arange(12) % 6).kept(torch.arange(2, 6))
+    tensor([ 2,  3,  4,  5,  8,  9, 10, 11])
+    """
     sites = _sites(model, block)
     down = sites["down"]
     size = down.shape[1]
@@ -87,7 +119,14 @@ def heads(model: Model, block: int) -> Units:
 
 
 def queries(model: Model, block: int) -> Units:
-    """Heads of queries alone: a unit is one of those that share keys and values, which all stay."""
+    """Heads of queries alone: a unit is one of those that share keys and values, which all stay.
+
+    Where queries, keys and values are one matrix (two queries of two channels, one head of keys and values),
+    the rows of the latter belong to no unit:
+
+    >>> Place("qkv_proj.weight", 0, torch.tensor([0, 0, 1, 1, -1, -1, -1, -1])).kept(torch.tensor([1]))
+    tensor([2, 3, 4, 5, 6, 7])
+    """
     count, shared, width = _attention(model)
     query, rest = torch.arange(count * shared).repeat_interleave(width), torch.full((count * width,), -1)
     sites = _sites(model, block)

@@ -20,6 +20,7 @@ from rarefy.measure.resources import Clock, bytes_on_disk, fingerprint, fingerpr
 from rarefy.models.network import Network
 from rarefy.planner.allocate import Plan, asked
 from rarefy.report.verdict import distance
+from rarefy.run.correct import biased
 from rarefy.run.course import Course, State, check
 from rarefy.run.effort import Effort
 from rarefy.run.exits import add_exits, check_places
@@ -36,6 +37,7 @@ from rarefy.run.trim import vocabulary_steps
 if TYPE_CHECKING:
     from rarefy.run.job import Job
 
+CORRECTION = Step("bias_correction")  # ends every plan for a network that has biases to move
 TRIES = 4  # plans tried to meet a bound that is measured
 
 
@@ -84,9 +86,8 @@ class Compression:
         return self._receipt(data, found, sites, measured, beside, heard)
 
     def _course(self, data: Any) -> Course:
-        assert self.job.recipe is not None
-        return Course(self.subject, self.job.recipe, self.effort, data, self.journal.work, self.progress,
-                      partial(self._leaves, data))
+        return Course(self.subject, self.job.recipe or self.recipe, self.effort, data, self.journal.work,
+                      self.progress, partial(self._leaves, data))
 
     def _leaves(self, data: Any, state: State, steps: tuple[Step, ...], number: int) -> State:
         """A run of leaves that is not the last one."""
@@ -141,6 +142,9 @@ class Compression:
         if recipe is not None and self.behind:
             with self.clock.stage("behind"):
                 self.done = self._course(data).through(self.behind, self.done, len(recipe.steps))
+        if recipe is None and isinstance(self.subject.opened, Network) and biased(self.subject.opened):
+            with self.clock.stage("behind"):
+                self.done = self._course(data).corrected(self.done, CORRECTION)
         with self.progress.stage("export"), self.clock.stage("export"):
             self.destination.export(self.done.view.opened, self.done.trees, self.chosen, self.exported)
         job, original = self.job, self.subject.opened
@@ -203,7 +207,9 @@ class Compression:
         found = job.recipe or recipe_of(self.chosen, name, target=self.destination.target.name,
                                         effort=job.effort, data=texts, eval_data=judged, seed=job.seed,
                                         dequantize=job.dequantize)
-        return replace(found, steps=(*vocabulary_steps(None, job.keep_vocabulary), *found.steps))
+        moved = job.recipe is None and self.done.receipts != self.state.receipts
+        return replace(found, steps=(*vocabulary_steps(None, job.keep_vocabulary), *found.steps,
+                                     *([CORRECTION] if moved else ())))
 
     def _missed(self, size: int, limit: int | None, kl: float, found: Survey) -> str:
         """What bound of the user was missed, with the nearest budget that would do; empty: none."""

@@ -3,6 +3,7 @@
     whole      steps that change the model's shape or its axes: a smaller model, or a view of it
     sharing    one step that lets blocks use each other's matrices
     training   one step that trains what there is; the teacher is always the model that the job began with
+    correction one step that moves biases, when the weights are what they will be
     leaves     steps that rewrite weights, one weight at a time
 
 Training leaves a tree at every weight that is more than plain numbers (a mask, codes, an adapter), from which
@@ -29,13 +30,14 @@ from rarefy.core.nouns import Receipt, Recipe, Step
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.sources import ModuleSource
+from rarefy.run.correct import corrected
 from rarefy.run.effort import Effort
 from rarefy.run.language import Language
 from rarefy.run.lessons import Lesson, Term, check_labels, explained, losses, material
-from rarefy.run.planning import TUNE, build_sharing, build_trainer
+from rarefy.run.planning import TUNE, build_correction, build_sharing, build_trainer
 from rarefy.run.progress import Progress
 from rarefy.run.recipe import Run, runs
-from rarefy.run.samples import Samples
+from rarefy.run.samples import Samples, some
 from rarefy.run.sharing import share_layers
 from rarefy.run.subject import Subject
 from rarefy.training.activations import Rounding
@@ -86,6 +88,8 @@ class Course:
                     state = self._shared(state, steps[0])
                 case "training":
                     state = self._trained(state, steps[0], number)
+                case "correction":
+                    state = self.corrected(state, steps[0])
                 case "leaves":
                     state = self.leaves(state, steps, number)
         return state
@@ -107,6 +111,20 @@ class Course:
             found = share_layers(state.view.opened, build_sharing(step), self.data.calibration)
         trees = {path: tree for path, tree in found.trees.items() if not isinstance(tree, Dense)}
         return replace(state, view=computing(state.view.opened, found.trees), trees={**state.trees, **trees},
+                       receipts=state.receipts + found.receipts)
+
+    def corrected(self, state: State, step: Step) -> State:
+        """``state`` with biases that bring means back to the original's."""
+        opened, original = state.view.opened, self.original.opened
+        if not (isinstance(opened, Network) and isinstance(original, Network)):
+            raise RecipeError(f"{step.technique}: works on encoders, CNNs and other networks that answer "
+                              "samples; language models are not corrected; take the step out")
+        with self.progress.stage("means"):
+            found = corrected(original, opened, state.trees, build_correction(step),
+                              some(self.data.calibration, self.effort.samples[0]), step.technique)
+        if not found.params:
+            return state
+        return replace(state, view=computing(opened, {}, found.params),
                        receipts=state.receipts + found.receipts)
 
     def _trained(self, state: State, step: Step, number: int) -> State:

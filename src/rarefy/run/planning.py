@@ -13,6 +13,7 @@ from rarefy.core.attention import Attending
 from rarefy.core.axes import Transform
 from rarefy.core.edit import Technique
 from rarefy.core.errors import RecipeError, did_you_mean
+from rarefy.core.means import Correcting
 from rarefy.core.nouns import Option, Step
 from rarefy.core.structure import (
     Merging,
@@ -78,6 +79,11 @@ def sharings() -> dict[str, type[Any]]:
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "stack"}
 
 
+def corrections() -> dict[str, type[Any]]:
+    """Every technique that moves biases when weights are what they will be, by its file's stem."""
+    return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "means"}
+
+
 def objectives() -> dict[str, type[Any]]:
     """Every loss of distillation, by its file's stem."""
     return {name: kind for name, kind in _found().items() if getattr(kind, "scope", "leaf") == "objective"}
@@ -130,6 +136,12 @@ def build_attention(step: Step) -> Attending:
 def build_sharing(step: Step) -> Sharing:
     """The technique of scope ``stack`` that a step names, with its settings."""
     technique: Sharing = _made(step, sharings(), step.format)
+    return technique
+
+
+def build_correction(step: Step) -> Correcting:
+    """The technique of scope ``means`` that a step names, with its settings."""
+    technique: Correcting = _made(step, corrections(), step.format)
     return technique
 
 

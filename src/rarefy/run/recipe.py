@@ -50,10 +50,12 @@ from rarefy.run.planning import (
     attentions,
     build,
     build_attention,
+    build_correction,
     build_sharing,
     build_structure,
     build_trainer,
     build_transform,
+    corrections,
     sharings,
     structures,
     techniques,
@@ -66,8 +68,9 @@ if TYPE_CHECKING:
 
 ALLOCATE = "allocate"
 
-Kind = Literal["whole", "sharing", "training", "leaves"]
+Kind = Literal["whole", "sharing", "training", "leaves", "correction"]
 Run = tuple[Kind, tuple[Step, ...]]
+SINGLE = ("sharing", "training", "correction")  # a step of these is a run of its own
 
 
 class _StepFile(BaseModel):
@@ -195,7 +198,7 @@ def split(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
 
 
 def runs(steps: Sequence[Step]) -> tuple[Run, ...]:
-    """Steps in runs of one kind: for the whole model, sharing and training (each for itself), for leaves.
+    """Steps in runs of one kind: for the whole model, for leaves; all others each for itself.
 
     RecipeError: an order that cannot be.
     """
@@ -208,8 +211,9 @@ def runs(steps: Sequence[Step]) -> tuple[Run, ...]:
         if kind == "sharing" and rewritten:
             raise RecipeError(f"{run[0].technique}: shares plain numbers, and {rewritten} makes others of "
                               "them; move it up")
-        found += [(kind, (step,)) for step in run] if kind in ("sharing", "training") else [(kind, run)]
-        names = [step.technique for step in run if kind != "whole" and step.technique != TUNE]
+        found += [(kind, (step,)) for step in run] if kind in SINGLE else [(kind, run)]
+        names = [step.technique for step in run if kind not in ("whole", "correction")
+                 and step.technique != TUNE]
         rewritten = next(iter(names), rewritten)
     return tuple(found)
 
@@ -220,7 +224,7 @@ def _empties(step: Step) -> bool:
 
 
 def parts(steps: Sequence[Step]) -> tuple[tuple[Run, ...], tuple[Step, ...], tuple[Run, ...]]:
-    """What comes before the last run of leaves, that run (maybe none), and the trainings behind it."""
+    """What comes before the last run of leaves, that run (maybe none), and what comes behind it."""
     found = runs(steps)
     last = max((place for place, (kind, _) in enumerate(found) if kind == "leaves"), default=len(found))
     return found[:last], found[last][1] if last < len(found) else (), found[last + 1:]
@@ -231,6 +235,8 @@ def _kind(step: Step) -> Kind:
         return "training"
     if step.technique in sharings():
         return "sharing"
+    if step.technique in corrections():
+        return "correction"
     return "whole" if step.technique in {*structures(), *attentions(), *transforms()} else "leaves"
 
 
@@ -270,6 +276,13 @@ def checked(kind: Kind, run: tuple[Step, ...]) -> tuple[Step, ...]:
         case "sharing":
             for step in run:
                 build_sharing(step)
+            return ()
+        case "correction":
+            for step in run:
+                build_correction(step)
+                if step.where != ("*",):
+                    raise RecipeError(f"{step.technique}: corrects all biases, one behind the other; leave "
+                                      "'where' out")
             return ()
         case "training":
             made = tuple(step for step in run if step.technique != TUNE)
