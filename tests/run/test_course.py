@@ -69,7 +69,7 @@ def test_neurons_that_training_pruned_are_taken_out(tiny_encoder: Path, tmp_path
     result = done(tiny_encoder, tmp_path / "out",
                   Step("movement", ("role:down", "role:o"), {"sparsity": 0.5, "pattern": "column"},
                        training=FEW),
-                  Step("units", settings={"criterion": "dead", "multiple": 1}),
+                  Step("emptied", settings={"multiple": 1}),
                   Step("rtn", ("role:down",), format="int8"))
     network = opened(result.exported)
     whole = open_any(tiny_encoder)
@@ -220,7 +220,7 @@ def test_runs_and_parts() -> None:
     for wrong in ((Step("rtn"), Step("drop")), (Step("gradual"), Step("units"))):
         with pytest.raises(RecipeError, match="move it up"):
             runs(wrong)
-    dead = Step("units", settings={"criterion": "dead"})
+    dead = Step("emptied")
     assert [kind for kind, _ in runs((Step("gradual"), dead, Step("rtn")))] == ["training", "whole", "leaves"]
 
 

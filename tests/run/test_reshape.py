@@ -27,6 +27,7 @@ from rarefy.run.recipe import split
 from rarefy.run.reshape import _groups, reshaped, thinned
 from rarefy.runtimes.llamacpp import Session
 from rarefy.techniques.depth.drop import Drop
+from rarefy.techniques.prune.emptied import Emptied
 from rarefy.techniques.prune.units import Units
 from rarefy.techniques.quantize.rtn import RTN
 
@@ -306,12 +307,12 @@ def test_what_nobody_reads_goes_without_a_trace(family: str, tiny_random: object
         reader = GROUPS["neurons"](alive, block).reader
         network.get_parameter(reader.path).data[:, 3:9 + 2 * block] = 0
     count = GROUPS["neurons"](alive, 0).count
-    done = thinned(alive, Units(criterion="dead", multiple=1), None)
+    done = thinned(alive, Emptied(multiple=1), None)
     assert done.model.config.intermediate_size == count - 6
     tokens = torch.arange(24).view(2, 12)
     torch.testing.assert_close(logits(done.model, tokens), logits(alive, tokens), rtol=1e-4, atol=1e-5)
     if family == "llama":
-        uneven = thinned(alive, Units(criterion="dead", multiple=1, spread="global"), None).model
+        uneven = thinned(alive, Emptied(multiple=1, spread="global"), None).model
         assert uneven.config.block_neurons == [count - 6 - 2 * block for block in range(alive.map.blocks)]
         torch.testing.assert_close(logits(uneven, tokens), logits(alive, tokens), rtol=1e-4, atol=1e-5)
 

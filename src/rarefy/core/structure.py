@@ -23,6 +23,8 @@ from torch import Tensor
 
 from rarefy.core.nouns import Evidence
 
+UNITS = ("neurons", "heads", "queries")
+
 
 @dataclass(frozen=True, eq=False)
 class UnitGroup:
@@ -49,6 +51,12 @@ class UnitGroup:
     def units(self) -> int:
         """How many units there are."""
         return self.written.numel()
+
+    @property
+    def read(self) -> Float[Tensor, " units"]:
+        """The norm of what each unit is read with."""
+        columns = self.reader.square().sum(0)
+        return torch.zeros(self.units).index_add_(0, self.unit, columns).sqrt()
 
     def dearest(self, scores: Float[Tensor, " units"], count: int) -> Int64[Tensor, " kept"]:
         """The ``count`` units of the highest scores, as many in every run, sorted; of equals the first.

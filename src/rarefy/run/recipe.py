@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from rarefy.run.target import Destination
 
 ALLOCATE = "allocate"
+EMPTIES = "emptied"  # takes out what masks have emptied, and so comes behind the steps that made them
 
 Kind = Literal["whole", "sharing", "training", "leaves", "correction"]
 Run = tuple[Kind, tuple[Step, ...]]
@@ -206,7 +207,7 @@ def runs(steps: Sequence[Step]) -> tuple[Run, ...]:
     rewritten = ""
     for kind, each in groupby(steps, _kind):
         run = tuple(each)
-        if kind == "whole" and rewritten and not all(map(_empties, run)):
+        if kind == "whole" and rewritten and any(step.technique != EMPTIES for step in run):
             split((Step(rewritten), *run))
         if kind == "sharing" and rewritten:
             raise RecipeError(f"{run[0].technique}: shares plain numbers, and {rewritten} makes others of "
@@ -216,11 +217,6 @@ def runs(steps: Sequence[Step]) -> tuple[Run, ...]:
                  and step.technique != TUNE]
         rewritten = next(iter(names), rewritten)
     return tuple(found)
-
-
-def _empties(step: Step) -> bool:
-    """Whether a step only takes out what masks have emptied, and so comes behind those that made them."""
-    return step.technique == "units" and step.settings.get("criterion") == "dead"
 
 
 def parts(steps: Sequence[Step]) -> tuple[tuple[Run, ...], tuple[Step, ...], tuple[Run, ...]]:

@@ -13,7 +13,7 @@ pruning).
 
 Over tiles, rows or columns there is one score for each, which gets the sum of the gradients: tiles go whole,
 ``column`` where neurons are read drops neurons, ``column 64`` where heads of 64 are read drops heads (block
-movement pruning); ``units`` with the criterion ``dead`` then takes them out of the network.
+movement pruning); ``emptied`` then takes them out of the network.
 
 Paper: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", section 3-4; Lagunas et al.
 2021, "Block Pruning For Faster Transformers", section 3.

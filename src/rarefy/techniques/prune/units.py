@@ -11,14 +11,10 @@ prediction, leaving u out costs
     fisher       1/2 sum_i f_i W_u,i G_uu W_u,i^T                    the same in nats
     taylor       1/2 E_t (g_t^T W_u x_u,t)^2                         in nats, g and x taken together
     obs          1/2 sum_i f_i W_u,i ((G^-1)_uu)^-1 W_u,i^T          what is left when the others step in
-    dead         |W_u|                                               nothing, where pruning emptied W_u
 
 The units that cost least go, as many in every block, so that any runtime loads what is left; of queries as
 many from all that share keys and values. With spread ``global`` neurons go wherever they cost the fewest
 nats, down to ``floor`` of a block's: llama.cpp loads a width for each block of Llama and Mistral.
-``dead`` asks for no ratio: it takes out the units that nobody reads any more, which changes no answer, and
-so turns masks over columns (``movement`` over ``column``, ``column 64`` for heads of 64) into a smaller
-network; it may come behind the steps that made the masks.
 ``compensate`` then refits the reader by least squares on the kept columns K,
 
     W' = W G_:K (G_KK)^-1,
@@ -41,12 +37,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rarefy.core.errors import EditError, RecipeError, did_you_mean
-from rarefy.core.structure import UnitGroup
+from rarefy.core.structure import UNITS, UnitGroup
 from rarefy.numerics.linear import damped
 
-UNITS = ("neurons", "heads", "queries")
 PRICED = ("fisher", "taylor", "obs")  # criteria in nats
-CRITERIA = ("magnitude", "activation", "wanda", "fisher", "taylor", "obs", "dead")
+CRITERIA = ("magnitude", "activation", "wanda", "fisher", "taylor", "obs")
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ class Units:
 
     def __post_init__(self) -> None:
         if self.units not in UNITS:
-            raise RecipeError(f"units {self.units!r}: choose neurons, heads or queries")
+            raise RecipeError(f"units {self.units!r}: choose {', '.join(UNITS)}")
         if self.criterion not in CRITERIA:
             raise RecipeError(f"criterion {self.criterion!r}: choose one of {', '.join(CRITERIA)}"
                               f"{did_you_mean(self.criterion, list(CRITERIA))}")
@@ -83,10 +78,9 @@ class Units:
             raise RecipeError(f"ratio {self.ratio}: must be a share above 0 and below 1")
         if self.spread not in ("uniform", "global"):
             raise RecipeError(f"spread {self.spread!r}: choose uniform or global")
-        compare = (*PRICED, "dead")
-        if self.spread == "global" and (self.units != "neurons" or self.criterion not in compare):
+        if self.spread == "global" and (self.units != "neurons" or self.criterion not in PRICED):
             raise RecipeError(f"spread global of {self.units} by {self.criterion}: only neurons differ in "
-                              f"number, and only these costs compare across blocks: {', '.join(compare)}")
+                              f"number, and only these costs compare across blocks: {', '.join(PRICED)}")
         if not 0 <= self.floor < 1:
             raise RecipeError(f"floor {self.floor}: must be a share below 1")
         if self.multiple < 1:
@@ -95,8 +89,6 @@ class Units:
     @property
     def needs(self) -> frozenset[str]:
         """The Gram unless nothing is looked at, the Fisher where errors are priced with it, removals."""
-        if self.criterion == "dead":
-            return frozenset()
         gram = {"gram"} if self.compensate or self.criterion not in ("magnitude", "taylor") else set()
         priced = {"fisher": {"fisher"}, "obs": {"fisher"}, "taylor": {"removal"}}
         return frozenset(gram | priced.get(self.criterion, set()))
@@ -105,9 +97,6 @@ class Units:
         """How many units stay."""
         width = group.unit.numel() // group.units
         step = math.lcm(max(1, -(-self.multiple // width)), group.runs)
-        if self.criterion == "dead":
-            alive = int((_read(group) > 0).view(group.runs, -1).sum(1).max()) * group.runs
-            return min(group.units, max(1, -(-alive // step)) * step)
         wanted = round(group.units * (1 - self.ratio))
         kept = -(-wanted // step) * step
         asked = f"{group.site}: a ratio of {self.ratio:g} of {group.units} {group.role}"
@@ -120,25 +109,20 @@ class Units:
 
     def counts(self, scores: tuple[Float[Tensor, " units"], ...]) -> tuple[int, ...]:
         """How many units stay in every block when the cheapest of all go."""
-        floor = 0.0 if self.criterion == "dead" else self.floor
-        least = [max(1, round(cost.numel() * floor)) for cost in scores]
+        least = [max(1, round(cost.numel() * self.floor)) for cost in scores]
         queue = sorted((float(value), block)
                        for block, (cost, stay) in enumerate(zip(scores, least, strict=True))
                        for value in cost.sort().values[:cost.numel() - stay])
         counts = [cost.numel() for cost in scores]
-        going = sum(not value for value, _ in queue) if self.criterion == "dead" else round(
-            self.ratio * sum(counts))
-        for _, block in queue[:going]:
+        for _, block in queue[:round(self.ratio * sum(counts))]:
             counts[block] -= 1
         return tuple(min(cost.numel(), -(-count // self.multiple) * self.multiple)
                      for count, cost in zip(counts, scores, strict=True))
 
     def scores(self, group: UnitGroup) -> Float[Tensor, " units"]:
         """What leaving each unit out costs."""
-        if self.criterion == "dead":
-            return _read(group)
         if self.criterion == "magnitude":
-            return (group.written.square() + _read(group).square()).sqrt()
+            return (group.written.square() + group.read.square()).sqrt()
         if self.criterion == "taylor":
             assert group.removal is not None
             return group.removal
@@ -158,18 +142,13 @@ class Units:
 
     def refit(self, group: UnitGroup, kept: Int64[Tensor, " kept"]) -> Float[Tensor, "columns in_"] | None:
         """``((G_KK)^-1 G_K:)``: the kept inputs' best linear account of all of them."""
-        if not self.compensate or self.criterion == "dead":
+        if not self.compensate:
             return None
         assert group.evidence is not None
         G = damped(group.evidence.gram / max(group.evidence.tokens, 1), self.damping)
         K = torch.isin(group.unit, kept).nonzero()[:, 0]
         factor = torch.linalg.cholesky(G[K][:, K])
         return torch.cholesky_solve(G[K], factor).float()
-
-
-def _read(group: UnitGroup) -> Float[Tensor, " units"]:
-    """The norm of what each unit is read with."""
-    return torch.zeros(group.units).index_add_(0, group.unit, group.reader.square().sum(0)).sqrt()
 
 
 def _cost(W: Tensor, G: Tensor, f: Tensor, *, inverted: bool) -> Tensor:
