@@ -95,6 +95,8 @@ def test_image_networks_compute_what_transformers_computes(kind: str, tmp_path: 
     module.save_pretrained(tmp_path)
     network = open_any(tmp_path)
     assert isinstance(network, Network) and network.form.gives == "classes"
+    network.verify()
+    assert {param.path for param in network.map.params} <= set(network.source.names())  # counters, too
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(network.run({"pixel_values": pixels}), module(pixels).logits)

@@ -128,7 +128,7 @@ def test_blocks_of_a_language_model_share(tiny_llama: Path, tmp_path: Path) -> N
 
 
 def test_where_sharing_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="stores the weights of every block"):
+    with pytest.raises(TargetError, match="stores the weights of every layer"):
         done(tiny_encoder, tmp_path / "a", Step("layers"), target="onnxruntime")
     with pytest.raises(RecipeError, match="leave 'where' out"):
         done(tiny_encoder, tmp_path / "b", Step("layers", ("role:up",)))

@@ -18,8 +18,9 @@ from rarefy.export.networks import opened, stored_trees
 from rarefy.models.network import Network
 from rarefy.report import render
 from rarefy.report.summary import summary
-from rarefy.run.job import do_recipe, run_recipe
+from rarefy.run.job import Job, compress, do_recipe, run_recipe
 from rarefy.run.recipe import read_recipe, write_recipe
+from tiny_networks import Digits, TinyCNN
 
 RECIPE = """
 model: {folder}
@@ -72,6 +73,23 @@ def test_the_network_learns_with_its_exits(tiny_encoder: Path, tmp_path: Path) -
         after.weight("bert.embeddings.word_embeddings.weight"))
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_cnn_of_ones_own(tiny_cnn: Digits, tmp_path: Path, joint: bool) -> None:
+    """Rounded by a step, then exits; the module comes back into one of its class and leaves early."""
+    asked = Exiting(max_loss=0.1, together=joint, training={"steps": 60})
+    done = compress(Job(Network.from_module(tiny_cnn.module), tmp_path / "out", effort="quick",
+                        data=(tiny_cnn.train,), eval_data=(tiny_cnn.test,),
+                        recipe=Recipe("", (Step("rtn", ("role:conv",), {}, "int8"),), "torch", exits=asked)))
+    found = done.receipt["exits"]
+    assert found["after"] == [0, 1] and found["behind"] == {1: "stem", 2: "conv"}
+    assert found["mean_work"] < 0.9 and found["accuracy"] > found["whole"]["accuracy"] - 0.05
+    trees = stored_trees(opened(done.exported, TinyCNN()))
+    assert isinstance(trees["stem.0.weight"], Quantized)
+    early = rarefy.load(done.out, into=TinyCNN())
+    left = early(tiny_cnn.test[0]).blocks
+    assert {block: int((left == block).sum()) for block in (1, 2, 3)} == found["left"]
+
+
 def test_yaml_both_ways() -> None:
     recipe = Recipe("x", (Step("rtn"),), exits=Exiting((1, 3), 0.02, {"rule": "patience"}, True, ("a",)))
     assert "max_loss: 0.02" in write_recipe(recipe)
@@ -81,6 +99,7 @@ def test_yaml_both_ways() -> None:
     ("after: [0]\n  max_los: 1%", "unknown key .*max_los'; did you mean 'max_loss'"),
     ("after: [0]\n  max_loss: 0%", "above 0 and below 1"),
     ("after: []", "after"),
+    ("after: [x]", "exits.after.0: input should be a valid integer"),
 ])
 def test_mistakes_in_the_section(section: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"model: x\nexits:\n  {section}\n")

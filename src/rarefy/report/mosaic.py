@@ -126,13 +126,13 @@ def _blocks(body: list[dict[str, Any]], top: float, tall: float, styles: dict[st
     columns: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in body:
         columns[row["block"]].append(row)
-    whole = sum(row["bytes"] for row in body)
+    whole = sum(row["bytes"] for row in body) or 1
     every = max(1, -(-len(columns) * 22 // int(WIDTH)))  # number every n-th block where columns are thin
     cells: list[Cell] = []
     captions: list[Caption] = []
     x = GUTTER
     for place, (block, rows) in enumerate(sorted(columns.items())):
-        own = sum(row["bytes"] for row in rows)
+        own = sum(row["bytes"] for row in rows) or 1  # a block that uses another's weights stores none
         wide, y = WIDTH * own / whole, top
         for group in _pieces(rows):
             high = tall * sum(row["bytes"] for row in group) / own

@@ -141,7 +141,9 @@ def losses(lesson: Lesson, student: Model | Network, found: Material) -> Losses:
         chosen = (Term("forward_kl"),)
     elif not chosen and isinstance(student, Network):
         rows = Term("cosine", settings={"of": "rows"})
-        chosen = (Term("triple") if student.form.gives == "classes" else rows,)
+        # states between the blocks are what networks of transformers give
+        labels = Term("soft_labels" if student.config is None else "triple")
+        chosen = (labels if student.form.gives == "classes" else rows,)
     terms = tuple((term.weight, _objective(term, known)) for term in chosen)
     if any("samples" in term.needs for _, term in terms) and not lesson.written:
         raise RecipeError("sequence learns from what the teacher writes; leave --data out")

@@ -31,6 +31,7 @@ from rarefy.models.folding import fold, gains
 from rarefy.models.form import MASK
 from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, Network
+from rarefy.models.recurrent import is_recurrent
 from rarefy.numerics.grids import integer_grid_named
 from rarefy.planner.allocate import Plan
 from rarefy.report.verdict import distance
@@ -241,6 +242,9 @@ class IntegersAlone:
 
     def _network(self, opened: Opened) -> Network:
         if isinstance(opened, Network):
+            if is_recurrent(opened.module):
+                raise TargetError(f"{opened.name}: recurrent layers have no form in integers alone; use "
+                                  "--for torch or onnxruntime")
             return opened
         raise TargetError(f"{opened.name}: causal attention has no form in integers alone; CNNs and encoders "
                           "have one (for language models choose llama.cpp, onnxruntime or openvino)")

@@ -35,6 +35,7 @@ from rarefy.measure.task import Judge
 from rarefy.models.form import MASK
 from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, Network
+from rarefy.models.recurrent import is_recurrent
 from rarefy.numerics.grids import integer_grid_named
 from rarefy.planner.allocate import Plan
 from rarefy.report.verdict import distance
@@ -78,7 +79,10 @@ class Traced:
         self.engine.ready()
 
     def accepts(self, subject: Subject) -> None:
-        self._network(subject.opened)
+        network = self._network(subject.opened)
+        if network.form.takes == "text" and is_recurrent(network.module):
+            raise TargetError(f"{network.name}: a graph has the steps of recurrent layers written out, for "
+                              "one length, and texts have many; use --for torch")
 
     def given(self, subject: Subject, data: Any) -> Destination:
         assert isinstance(data, Shown)

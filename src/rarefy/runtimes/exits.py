@@ -402,8 +402,9 @@ def _clock(exits: Exits, examples: Examples, size: int) -> dict[str, float]:
     ways: dict[str, Callable[[Mapping[str, Tensor]], Any]] = {"exits": exits,
                                                               "whole": exits.stepped.network.run}
     with torch.no_grad():
-        for way in ways.values():  # to warm up
-            way(next(timed.batches(size)))
+        for way in ways.values():  # kernels prepare themselves for every size of a batch that they meet
+            for inputs in timed.batches(size):
+                way(inputs)
         for inputs in timed.batches(size):
             for name, way in ways.items():
                 started = time.perf_counter()
