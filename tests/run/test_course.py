@@ -78,7 +78,7 @@ def test_neurons_that_training_pruned_are_taken_out(tiny_encoder: Path, tmp_path
     down = [tree for path, tree in found.items() if network.map.by_path[path].role == "down"]
     assert len(down) == network.map.blocks and all(isinstance(tree, Quantized) for tree in down)
     assert all(isinstance(found[site.path], Masked) for site in network.map.sites if site.role == "o")
-    notes = [each["note"] for each in result.receipt["axes"] if each["technique"] == "units"]
+    notes = [each["note"] for each in result.receipt["axes"] if each["technique"] == "emptied"]
     assert len(notes) == network.map.blocks and all("neurons left out" in note for note in notes)
 
 
