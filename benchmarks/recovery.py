@@ -10,8 +10,9 @@ HF_FOLDER is what ``permuted_gemma.py`` wrote. DATA holds ``wikitext2/valid.txt`
                             before and after
     GPTQ 3 bits, 2 bits     the same from codes that are as good as rounding after training makes them
     full, LoRA, QLoRA       Gemma fine-tuned on the text: everything, adapters beside float weights, adapters
-                            beside normal-float codes of 4 bits, rounded to nearest as in the paper, or by
-                            GPTQ. Loss on other text of the kind, peak memory
+                            beside normal-float codes of 4 bits, rounded to nearest as in the paper or by
+                            GPTQ, and adapters that begin as a repair of what GPTQ lost on int4-g32. Loss on
+                            other text of the kind, peak memory
 
 Every row is a process of its own, so that its memory is its own. Finished rows lie in WORK/recovery.json and
 are not run again.
@@ -30,7 +31,7 @@ from harness import Ledger, fingerprint, run_fresh, source_sha256, table, write_
 
 RECOVERIES = {"2:4": "weights", "low rank": "factors", "3 bits": "scales", "GPTQ 3 bits": "scales",
               "GPTQ 2 bits": "scales"}  # and norms
-TUNINGS = ("full", "LoRA", "QLoRA", "QLoRA on GPTQ")
+TUNINGS = ("full", "LoRA", "QLoRA", "QLoRA on GPTQ", "QLoRA on GPTQ, repaired")
 LENGTH, BATCH, MICRO = 128, 4, 2
 WINDOWS, HELD, JUDGED = 512, 16, 24  # to train on, to choose the state, to judge
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "recovery.md"
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def _file(name: str) -> str:
-    return name.replace(" ", "-").replace(":", "-")
+    return "".join(each if each.isalnum() else "-" for each in name)
 
 
 def _arguments() -> argparse.Namespace:
@@ -156,30 +157,35 @@ def _compressed(model: Any, name: str, tokens: Any) -> dict[str, Any]:
     from rarefy.core.nodes import Dense, Node
     from rarefy.models.runner import Runner
 
-    technique, trees = _technique(name), dict[str, Node]()
-    stream = Stream(Runner(model, trees.get), tokens) if technique.needs else None
+    techniques, trees = _techniques(name), dict[str, Node]()
+    stream = Stream(Runner(model, trees.get), tokens) if techniques[0].needs else None
     for block in range(model.map.blocks):
         paths = [site.path for site in model.map.in_block(block)]
         seen = {} if stream is None else stream.inputs(block, set(paths))
         for path in paths:
             weight = model.weight(path)
-            trees[path], _ = edit(path, Dense(weight), weight, technique, name, seen.get(path),
-                                  torch.Generator())
+            trees[path] = Dense(weight)
+            for technique in techniques:
+                trees[path], _ = edit(path, trees[path], weight, technique, name, seen.get(path),
+                                      torch.Generator())
         if stream is not None and block + 1 < model.map.blocks:
             stream.advance(block)
     return trees
 
 
-def _technique(name: str) -> Any:
+def _techniques(name: str) -> tuple[Any, ...]:
     from rarefy.numerics.grids import integer_grid, nf4_grid
+    from rarefy.techniques.factorize.repair import Repair
     from rarefy.techniques.factorize.svd import SVD
     from rarefy.techniques.prune.magnitude import Magnitude
     from rarefy.techniques.quantize.gptq import GPTQ
     from rarefy.techniques.quantize.rtn import RTN
 
-    return {"2:4": Magnitude(pattern="2:4"), "low rank": SVD(ratio=0.75), "3 bits": RTN(integer_grid(3, 64)),
-            "GPTQ 3 bits": GPTQ(integer_grid(3, 64)), "GPTQ 2 bits": GPTQ(integer_grid(2, 64)),
-            "QLoRA": RTN(nf4_grid(64, over=2)), "QLoRA on GPTQ": GPTQ(nf4_grid(64, over=2))}[name]
+    return {"2:4": (Magnitude(pattern="2:4"),), "low rank": (SVD(ratio=0.75),),
+            "3 bits": (RTN(integer_grid(3, 64)),), "GPTQ 3 bits": (GPTQ(integer_grid(3, 64)),),
+            "GPTQ 2 bits": (GPTQ(integer_grid(2, 64)),), "QLoRA": (RTN(nf4_grid(64, over=2)),),
+            "QLoRA on GPTQ": (GPTQ(nf4_grid(64, over=2)),),
+            "QLoRA on GPTQ, repaired": (GPTQ(integer_grid(4, 32)), Repair(rank=8))}[name]
 
 
 def _settings(steps: int, rate: float) -> Any:

@@ -53,8 +53,7 @@ class Repair:
     damping: float = 0.01
 
     edits: ClassVar[tuple[type[Node], ...]] = (Dense, Quantized, Masked, Sum, Product, Clustered, Hashed,
-    Tucker,
-                                               CP, TensorTrain)
+                                               Tucker, CP, TensorTrain)
     needs: ClassVar[frozenset[str]] = frozenset()
     beats: ClassVar[str] = ""
 
