@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from transformers.pytorch_utils import Conv1D
 
 from rarefy import load
@@ -21,6 +22,7 @@ from rarefy.models.recurrent import Recurrent, unrolled
 from rarefy.numerics.grids import Grid, Stored, integer_grid
 from rarefy.numerics.rounding import encode, fit
 from rarefy.runtimes import torch as runtime
+from rarefy.runtimes.recurrent import Int8Recurrent
 from rarefy.runtimes.torch import AS_IS, EXPANDED, HASHED, LOOKED_UP, attach, lower
 
 OUT, IN = 96, 128
@@ -385,3 +387,42 @@ def test_hashed_recurrent_weights_are_never_stored() -> None:
     own, _, _ = recurrent(16)
     how = attach(own, {"0.layers.1.hh.weight": Hashed(normal(40), 0, (48, 16))})
     assert isinstance(own[0], Recurrent) and how["0.layers.1.hh.weight"] == HASHED
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_codes_run_in_one_kernel(kind: Any, both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        pytest.skip("no integer kernels here")
+    monkeypatch.setattr("rarefy.runtimes.recurrent.WIDE", {"LSTM": 64, "GRU": 64})
+    own = nn.Sequential(kind(16, 64, 2, batch_first=True, bidirectional=both, bias=both))
+    steps = unrolled(copy.deepcopy(own))
+    trees: dict[str, Node] = {path: rounded_rows(value.detach()) for path, value in steps.named_parameters()
+                              if value.ndim == 2}
+    steps.load_state_dict({path: tree.dense() for path, tree in trees.items()}, strict=False)
+    exact = copy.deepcopy(own)
+    assert set(attach(exact, trees, exact=True).values()) == {EXPANDED} and type(exact[0]) is kind
+    fast = copy.deepcopy(own)
+    assert set(attach(fast, trees).values()) == {runtime.INT8} and isinstance(fast[0], Int8Recurrent)
+    x, h = normal(5, 7, 16), normal(4 if both else 2, 5, 64, seed=2)
+    state = (h, h.sin()) if kind is nn.LSTM else h
+    packed = pack_padded_sequence(x, [3, 7, 1, 5, 2], batch_first=True, enforce_sorted=False)
+    one = tuple(each[:, 0] for each in state) if kind is nn.LSTM else h[:, 0]
+    for arguments in ((x,), (x, state), (packed, state), (packed,), (x[0],), (x[0], one)):
+        found, wanted = fast[0](*arguments), steps[0](*arguments)
+        if isinstance(arguments[0], PackedSequence):
+            assert torch.equal(found[0].sorted_indices, wanted[0].sorted_indices)
+            found, wanted = (found[0].data, found[1]), (wanted[0].data, wanted[1])
+        if kind is nn.LSTM:
+            found, wanted = (found[0], *found[1]), (wanted[0], *wanted[1])
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.shape == theirs.shape and relative(ours, theirs) < 2 * INT8
+
+
+def rounded_rows(weight: Tensor) -> Quantized:
+    found = fit(weight, torch.ones(weight.shape[1]), integer_grid(8, 0))
+    return Quantized.of(encode(weight, found), found)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).detach().norm() / wanted.detach().norm())

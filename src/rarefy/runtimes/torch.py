@@ -10,8 +10,9 @@ or a sparse product, integer codes run in integer kernels. Where none is faster 
 when loading, and the string that comes back says so. Which is faster depends on how many tokens a call has:
 one where text is generated, many in all other networks. The times are measured by ``benchmarks/kernels.py``.
 
-Recurrent layers compute step by step, which takes longer by itself; so they become torch's own again, with
-expanded weights, unless faster products save more than the steps cost (``benchmarks/recurrent.py``).
+Recurrent layers compute step by step, which takes longer by itself; so they become torch's own again, in
+8-bit integers or with expanded weights, unless faster products save more than the steps cost
+(``benchmarks/recurrent.py``).
 
 Two kernels round on the way (``exact=True`` leaves them out): 8-bit codes also round the activations to 8
 bits, which moves a layer's output by about 1%; 4-bit codes compute in bfloat16, about 0.3%.
@@ -51,6 +52,7 @@ from rarefy.runtimes.modules import (
     Train,
     Whole,
 )
+from rarefy.runtimes.recurrent import Int8Recurrent, runs_in_integers
 
 BLOCK = 4  # side of the tiles; larger ones are slower
 STEPS = 1 << 20  # multiplications of a step, in one layer, that must be saved for steps to be worth it
@@ -79,6 +81,7 @@ MANY = Speed(int8=0.23, int4=1.93, low_rank=1.07, sparse=4.65, blocks=3.4, narro
 AS_IS = "as it is"
 EXPANDED = "expanded once: smaller on disk, not faster"
 LOOKED_UP = "rows are made when they are looked up: smaller in memory, not faster"
+INT8 = "int8: activations rounded to 8 bits as well"
 HASHED = "hashed: the matrix is never stored; smaller in memory, slower than dense"
 
 
@@ -113,9 +116,11 @@ def attach(network: nn.Module, trees: Mapping[str, Node], *, exact: bool = False
     if missing:
         raise TargetError(f"{missing[0]}: the network has no such parameter"
                           f"{did_you_mean(missing[0], list(known))}")
-    fixed = _at_once(network, {name: tree for path, tree in trees.items()
-                               for name, _ in owners[id(known[path])]}, speed)
-    hows = {path: _attach(network, path, tree, owners[id(known[path])], speed, fixed)
+    held = {name: tree for path, tree in trees.items() for name, _ in owners[id(known[path])]}
+    done = _in_integers(network, held, speed)
+    fixed = _at_once(network, held, speed)
+    hows = {path: INT8 if all(name in done for name, _ in owners[id(known[path])]) else
+            _attach(network, path, tree, owners[id(known[path])], speed, fixed)
             for path, tree in trees.items()}
     rolled(network)
     return hows
@@ -190,6 +195,36 @@ def _way_of(node: Node, module: Any, speed: Speed) -> _Way | None:
     if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1 and module.padding_mode == "zeros":
         return min((_whole(node), *_convolutions(node, module)), key=lambda way: way.time)
     return None
+
+
+def _in_integers(network: nn.Module, trees: Mapping[str, Node], speed: Speed) -> frozenset[str]:
+    """Put recurrent layers whose weights are all codes of 8 bits into one kernel each; gives the ``Linear``s
+    that went. trees: as for ``_at_once``."""
+    found = set[str]()
+    for name, part in list(network.named_modules()):
+        if not isinstance(part, Recurrent) or not name or speed.int8 >= 1 or not runs_in_integers(part):
+            continue
+        codes = {below: _row_codes(trees.get(f"{name}.{below}")) for below, each in part.named_modules()
+                 if isinstance(each, nn.Linear)}
+        whole = {below: each for below, each in codes.items() if each is not None}
+        if len(whole) == len(codes):
+            network.set_submodule(name, Int8Recurrent(part, whole))
+            found |= {f"{name}.{below}" for below in codes}
+    return frozenset(found)
+
+
+def _row_codes(tree: Node | None) -> tuple[Tensor, Tensor] | None:
+    """Codes and one scale a row, if that is what a tree is."""
+    match None if tree is None else _inside(tree):
+        case Masked(keep=keep, inner=Quantized() as node):
+            found = _int8_codes(node, keep)
+        case Quantized() as node:
+            found = _int8_codes(node, None)
+        case _:
+            return None
+    if found is None or node.zero is not None or node.grid.group not in (0, node.shape[1]):
+        return None
+    return found[:2]
 
 
 def _at_once(network: nn.Module, trees: Mapping[str, Node], speed: Speed) -> frozenset[str]:
@@ -313,7 +348,7 @@ def _integers(node: Quantized, keep: Tensor | None, speed: Speed) -> list[_Way]:
     levels, group = node.grid.levels, node.grid.group or columns
     ways = []
     if group == columns and _has_int8() and (code := _int8_codes(node, keep)) is not None:
-        ways.append(_Way(speed.int8, "int8: activations rounded to 8 bits as well", lambda: Int8(*code)))
+        ways.append(_Way(speed.int8, INT8, lambda: Int8(*code)))
     if (group in (32, 64, 128, 256) and out % 16 == 0 and node.grid.uniform and len(levels) <= 16
             and (keep is None or (levels[0] >= -8 and levels[-1] <= 7 and 0.0 in levels)) and _has_int4()):
         how = "int4 in bfloat16: fast for few tokens"
