@@ -90,9 +90,12 @@ def test_a_cnn_of_ones_own(tiny_cnn: Digits, tmp_path: Path, joint: bool) -> Non
     assert {block: int((left == block).sum()) for block in (1, 2, 3)} == found["left"]
 
 
-def test_yaml_both_ways() -> None:
+def test_yaml_both_ways(tmp_path: Path) -> None:
     recipe = Recipe("x", (Step("rtn"),), exits=Exiting((1, 3), 0.02, {"rule": "patience"}, True, ("a",)))
     assert "max_loss: 0.02" in write_recipe(recipe)
+    (tmp_path / "r.yaml").write_text("model: x\nexits:\n  max_loss: 5%\n")
+    found = read_recipe(tmp_path / "r.yaml")
+    assert found.exits == Exiting((), 0.05) and "after" not in write_recipe(found)
 
 
 @pytest.mark.parametrize(("section", "match"), [

@@ -150,7 +150,7 @@ def test_a_cnn(tiny_cnn: Digits, grid: str, tmp_path: Path) -> None:
     segments = Segments.of(found, {"0": tiny_cnn.test[0][:2]})
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        heads = Heads([512, 1024], [32, 32], 10).eval().requires_grad_(False)
+        heads = Heads([256, 512], [32, 32], 10).eval().requires_grad_(False)
     exits_ = Exits(segments, (0, 1), heads)
     inputs = {"0": tiny_cnn.test[0][:64]}
     certain = exits_.answers(Examples(inputs)).logits[0].softmax(-1).amax(-1)

@@ -21,7 +21,7 @@ from rarefy.models.network import Network
 from rarefy.models.opening import open_any
 from rarefy.numerics.tails import binomial_tail, hoeffding_tail
 from rarefy.runtimes.exit_training import together, trained
-from rarefy.runtimes.exits import Exits, Stepped, load, measured, save
+from rarefy.runtimes.exits import Exits, Stepped, load, measured, places, save
 from rarefy.techniques.depth.early_exit import EarlyExit
 from rarefy.training.loop import Settings
 from small_networks import bert, tokens
@@ -237,6 +237,14 @@ def test_too_few_samples_say_how_many() -> None:
 def test_settings_that_mean_nothing(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         EarlyExit(**settings)
+
+
+def test_exits_stand_evenly_where_nobody_says(network: Network) -> None:
+    stepped = Stepped(network)
+    assert places(stepped, ()) == (0,)
+    assert stepped.names == ("bert.encoder.layer.0", "bert.encoder.layer.1") and stepped.work == (0.5, 1.0)
+    with pytest.raises(RecipeError, match=r"from 0 to 0 \(0 bert.encoder.layer.0\)"):
+        places(stepped, (1,))
 
 
 def test_what_has_no_exits(network: Network, dev: Examples) -> None:

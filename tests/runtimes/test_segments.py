@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_every_family_of_images(kind: str, settings: dict[str, Any]) -> None:
         return torch.tensor([0, 2, 5]) if place == 1 else None
 
     found = segments.run(inputs, cuts, leave)
-    assert found is not None and len(widths) == len(cuts) and max(widths) <= max(READ, 2 * 1280)
+    assert found is not None and len(widths) == len(cuts) and max(widths) <= max(READ, 1280)
     torch.testing.assert_close(found, network.run(inputs)[[0, 2, 5]], rtol=1e-3, atol=1e-4)
 
 
@@ -175,14 +176,14 @@ def test_sequences_of_convolutions() -> None:
 @pytest.mark.parametrize("shape", [(3, 4, 7, 5), (3, 4, 3, 2), (3, 4, 1, 1), (3, 64, 8, 8), (3, 512, 7, 7),
                                    (3, 4, 9), (3, 20)])
 def test_what_heads_read(shape: tuple[int, ...]) -> None:
-    """Cells cover all places; the largest value is in one of them; the scale of the state does not matter."""
+    """Cells cover all places, and the scale of the state does not matter."""
     state = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     read = places_read(state)
     assert read.ndim == 2 and len(read) == 3 and (read.shape[1] <= READ or len(shape) == 2)
     torch.testing.assert_close(places_read(1000 * state), read, rtol=1e-3, atol=1e-3)
-    if len(shape) == 4:
+    for high, wide in product(*map(range, shape[2:])) if len(shape) == 4 else ():
         spike = torch.zeros(shape)
-        spike[:, 0, -1, -1] = 5.0
+        spike[:, 0, high, wide] = 5.0
         assert bool((places_read(spike).amax(1) > 1).all())
 
 
@@ -286,4 +287,4 @@ def test_a_network_learns_with_its_exits(network: Network, train: Examples, unse
     assert isinstance(learnt, Network)
     answers = Exits(Segments.of(learnt, next(train.batches(2))), (0, 1), heads).answers(unseen)
     right = (answers.logits.argmax(-1) == answers.labels).float().mean(1)
-    assert bool((right > 0.95).all())
+    assert bool((right > 0.9).all()) and float(right[-1]) > 0.95

@@ -224,11 +224,11 @@ class Exits:
             nonlocal alive, said
             said.append(self.heads(place, read))
             sure = self.technique.certainty(torch.stack(said), len(self.after) + 1) >= limit
-            if not bool(sure.any()):
+            go, stay = sure.nonzero()[:, 0], (~sure).nonzero()[:, 0]
+            if not len(go):
                 return None
-            left.append((alive[sure], said[-1][sure]))
-            depth[alive[sure]] = self.after[place] + 1
-            stay = (~sure).nonzero()[:, 0]
+            left.append((alive[go], said[-1][go]))
+            depth[alive[go]] = self.after[place] + 1
             alive, said = alive[stay], [each[stay] for each in said]
             return stay
 
@@ -269,10 +269,11 @@ class Early(nn.Module):
         self.network, self.heads = exits.stepped.network.module, exits.heads
         self.lowered: dict[str, str] = {}
 
-    def forward(self, *positional: Tensor, threshold: float | None = None, **inputs: Tensor) -> Answer:
-        """positional: one tensor, where the network takes that. threshold: of certainty; another than the
-        one that was calibrated."""
-        given = dict(zip((TENSOR,), positional, strict=True)) if positional else {}
+    def forward(self, values: Tensor | None = None, /, *, threshold: float | None = None, **inputs: Tensor
+                ) -> Answer:
+        """values: where the network takes one tensor. threshold: of certainty; another than the one that was
+        calibrated."""
+        given = {} if values is None else {TENSOR: values}
         logits, blocks = self.exits({**given, **inputs}, threshold)
         return Answer(logits=logits, blocks=blocks)
 
