@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rarefy
 from rarefy.calibration.examples import Examples, read_examples
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nodes import Dense, Shared, Sum
@@ -18,6 +19,7 @@ from rarefy.export.native import export_native, open_native, trees_of
 from rarefy.export.networks import export_network, opened, stored_trees
 from rarefy.measure.divergence import Reference
 from rarefy.measure.task import Judge
+from rarefy.models.form import Form
 from rarefy.models.model import Model, open_model
 from rarefy.models.network import TENSOR, Network
 from rarefy.models.opening import open_any
@@ -216,3 +218,19 @@ def test_plain_layers_share_and_corrections_of_full_rank_change_nothing() -> Non
 def test_networks_with_nothing_to_share(module: nn.Module, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EditError, match=message):
         share_layers(Network.from_module(module), Layers(start="average", **settings))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_is_shared_is_in_memory_once(fast: bool, tmp_path: Path) -> None:
+    module = nn.Sequential(nn.GRU(6, 6, 3, batch_first=True))
+    network = Network.from_module(module, form=Form(gives="embedding"))
+    done = share_layers(network, Layers(start="average", group=2), dtype=torch.float32)
+    export_network(network, done.trees, tmp_path / "out")
+    loaded = rarefy.load(tmp_path / "out", into=module, fast=fast)
+    assert type(loaded[0]) is nn.GRU
+    assert loaded[0].weight_hh_l0 is loaded[0].weight_hh_l1 is not loaded[0].weight_hh_l2
+    whole = sum(value.numel() for value in nn.GRU(6, 6, 3).parameters())
+    assert sum(value.numel() for value in loaded.parameters()) == whole - 2 * 18 * 6
+    x = torch.randn(2, 5, 6)
+    tensors = network.tensors(done.trees.get)
+    torch.testing.assert_close(loaded(x)[0].flatten(1), network.run({TENSOR: x}, tensors))

@@ -38,7 +38,7 @@ from rarefy.formats.native import CONFIG, Native, load_native
 from rarefy.models.form import Form
 from rarefy.models.model import Model
 from rarefy.models.narrowed import sized_like
-from rarefy.models.network import Network, map_network
+from rarefy.models.network import Network, map_network, tied
 from rarefy.models.opening import fill, laid_out, network_class, open_any
 from rarefy.models.recurrent import class_name, rolled, unrolled
 
@@ -83,8 +83,11 @@ def live(model: Model | Network, dtype: torch.dtype = torch.float32) -> Any:
 
 def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """A network, ready to run, with the weights that ``ref`` stands for; arguments as for ``opened``."""
-    network: Any = rolled(live(opened(ref, into), dtype))
-    return network
+    model = opened(ref, into)
+    network: Any = live(model, dtype)
+    if isinstance(model.source, TreeSource):
+        tied(network, model.source.trees)
+    return rolled(network)
 
 
 def stored_trees(model: Model | Network) -> dict[str, Node]:

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from rarefy.core.errors import ModelError, did_you_mean
-from rarefy.core.nodes import Node
+from rarefy.core.nodes import Node, Shared
 from rarefy.models.form import Form
 from rarefy.models.map import Map, Param, Site
 from rarefy.models.recurrent import class_name, unrolled
@@ -191,6 +191,17 @@ def call(module: nn.Module, inputs: Mapping[str, Tensor], tensors: Mapping[str, 
     if not tensors:  # putting none in the place of others takes as long as a small network does
         return module(*args, **named)
     return functional_call(module, dict(tensors), args, named)
+
+
+def tied(module: nn.Module, trees: Mapping[str, Node]) -> None:
+    """Let layers that share a weight hold one tensor, in place; those that correct it keep their own, and so
+    do those in whose place something else stands."""
+    for path, tree in trees.items():
+        if isinstance(tree, Shared):
+            (place, _, key), (owner, _, held) = path.rpartition("."), tree.path.rpartition(".")
+            own, one = (module.get_submodule(name)._parameters for name in (place, owner))
+            if own.get(key) is not None and one.get(held) is not None:
+                own[key] = one[held]
 
 
 def _form_of(module: nn.Module) -> Form:

@@ -35,6 +35,7 @@ from rarefy.core.codebooks import Hashed
 from rarefy.core.errors import TargetError, did_you_mean
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 from rarefy.core.tensors import CP, TensorTrain, Tucker
+from rarefy.models.network import tied
 from rarefy.models.recurrent import Cell, Layer, Recurrent, rolled, unrolled
 from rarefy.numerics.masks import tile_of
 from rarefy.runtimes.modules import (
@@ -122,6 +123,7 @@ def attach(network: nn.Module, trees: Mapping[str, Node], *, exact: bool = False
     hows = {path: INT8 if all(name in done for name, _ in owners[id(known[path])]) else
             _attach(network, path, tree, owners[id(known[path])], speed, fixed)
             for path, tree in trees.items()}
+    tied(network, trees)
     rolled(network)
     return hows
 
