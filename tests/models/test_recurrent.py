@@ -19,6 +19,8 @@ from rarefy.models.form import Form
 from rarefy.models.narrowed import channel_groups, without_channels
 from rarefy.models.network import TENSOR, Network
 from rarefy.models.recurrent import Cell, Recurrent, class_name, rolled, unrolled
+from rarefy.training.loop import Settings
+from rarefy.training.tune import Tuning, student_of
 
 IN, WIDTH, LENGTHS = 4, 6, (2, 5, 1, 4)
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -191,3 +193,18 @@ def test_channels_in_front_go_and_states_stay(tmp_path: Path) -> None:
     loaded = load(tmp_path / "out", into=Heard())
     assert type(loaded.rnn) is nn.LSTM and loaded.rnn.input_size == 5
     torch.testing.assert_close(loaded(x[TENSOR]), small.run(x))
+
+
+def test_layers_that_are_computed_again_learn_the_same() -> None:
+    torch.manual_seed(0)
+    network = Network.from_module(Reader().eval())
+    x = torch.randn(3, 5, IN)
+
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        student = student_of(network, {}, Tuning(), Settings(checkpointing=checkpointing)).train()
+        student({TENSOR: x}).square().sum().backward()
+        return [value.grad for value in student.parameters() if value.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) == 22
+    torch.testing.assert_close(again, plain)

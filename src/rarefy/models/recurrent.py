@@ -23,6 +23,7 @@ the form of cuDNN, where r multiplies the product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from rarefy.core.errors import ModelError
 
 State = tuple[Tensor, ...]  # h, and c of an LSTM; each [batch, width]
 Advance = Callable[[Tensor, Tensor, State], State]
+Split = Callable[[Tensor], Sequence[Tensor]]  # a sequence into its steps, [rows, gates] each
+Join = Callable[[list[Tensor]], Tensor]  # and back
 LAYERS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 CELLS: dict[type[nn.RNNCellBase], str] = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU", nn.RNNCell: "RNN"}
 KINDS = ("ih", "hh", "hr")
@@ -86,11 +89,12 @@ def _replaced(module: nn.Module, other: Callable[[nn.Module], nn.Module | None])
 
 
 class Layer(nn.Module):
-    """The ``Linear``s of one layer: ih, hh and, with a projection, hr; again as ``..._reverse``."""
+    """One layer: the ``Linear``s ih, hh and, with a projection, hr; for the way back ``..._reverse``."""
 
     def __init__(self, part: nn.RNNBase, index: int) -> None:
         super().__init__()
-        for suffix in _suffixes(part.bidirectional):
+        self.mode, self.suffixes = part.mode, ("", "_reverse") if part.bidirectional else ("",)
+        for suffix in self.suffixes:
             for kind in KINDS:
                 weight = part._parameters.get(f"weight_{kind}_l{index}{suffix}")
                 if weight is not None:
@@ -101,6 +105,23 @@ class Layer(nn.Module):
         """Input, hidden and projection (None: there is none) of one direction."""
         ih, hh, hr = (self._modules.get(f"{kind}{suffix}") for kind in KINDS)
         return ih, hh, hr
+
+    def widths(self) -> list[tuple[int, ...]]:
+        """How wide the state of each direction is."""
+        hidden = [self.linears(suffix)[1] for suffix in self.suffixes]
+        return [(hh.in_features, hh.out_features // 4) if self.mode == "LSTM" else (hh.in_features,)
+                for hh in hidden]
+
+    def forward(self, x: Tensor, starts: Sequence[State], split: Split, joined: Join
+                ) -> tuple[Tensor, list[State]]:
+        """The outputs of a sequence, directions beside each other, and the state that each ends in."""
+        found, lasts = [], []
+        for suffix, start in zip(self.suffixes, starts, strict=True):
+            ih, hh, hr = self.linears(suffix)
+            steps, last = walked(split(ih(x)), start, hh, advance(self.mode, hr), backwards=bool(suffix))
+            found.append(joined(steps))
+            lasts.append(last)
+        return found[0] if len(found) == 1 else torch.cat(found, -1), lasts
 
 
 class Recurrent(nn.Module):
@@ -120,9 +141,8 @@ class Recurrent(nn.Module):
     @property
     def input_size(self) -> int:
         """Channels that come in; fewer than at first where some were taken out."""
-        layer = self.layers[0]
-        assert isinstance(layer, Layer)
-        return int(layer.linears("")[0].in_features)
+        first: Any = self.layers[0]
+        return int(first.linears("")[0].in_features)
 
     def flatten_parameters(self) -> None:
         """Nothing: kept because networks call it."""
@@ -155,34 +175,22 @@ class Recurrent(nn.Module):
             last = _each(last, lambda state: state.index_select(1, back))
         return PackedSequence(y, x.batch_sizes, there, back), last
 
-    def _run(self, x: Tensor, hx: Any, batch: int | torch.SymInt, split: Callable[[Tensor], Sequence[Tensor]],
-             joined: Callable[[list[Tensor]], Tensor]) -> tuple[Tensor, Any]:
-        """split: the steps of a sequence, [rows, gates] each; joined: back."""
-        starts, lasts = self._starts(x, hx, batch), list[State]()
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
+    def _run(self, x: Tensor, hx: Any, batch: int | torch.SymInt, split: Split, joined: Join
+             ) -> tuple[Tensor, Any]:
+        layers: Any = self.layers
+        lasts = list[State]()
+        starts = iter(self._starts(x, hx, batch, [each for layer in layers for each in layer.widths()]))
+        for index, layer in enumerate(layers):
             if index and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)
-            directions = []
-            for suffix in _suffixes(self.bidirectional):
-                ih, hh, hr = layer.linears(suffix)
-                steps, last = walked(split(ih(x)), starts[len(lasts)], hh, advance(self.mode, hr),
-                                     backwards=bool(suffix))
-                directions.append(joined(steps))
-                lasts.append(last)
-            x = torch.cat(directions, -1) if self.bidirectional else directions[0]
+            x, found = layer(x, list(islice(starts, 1 + self.bidirectional)), split, joined)
+            lasts += found
         last = tuple(torch.stack(each) for each in zip(*lasts, strict=True))
         return x, last if self.mode == "LSTM" else last[0]
 
-    def _starts(self, x: Tensor, hx: Any, batch: int | torch.SymInt) -> list[State]:
+    def _starts(self, x: Tensor, hx: Any, batch: int | torch.SymInt, widths: list[tuple[int, ...]]
+                ) -> list[State]:
         """The state before the first step, of every layer and direction."""
-        widths = []
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            for suffix in _suffixes(self.bidirectional):
-                hh = layer.linears(suffix)[1]
-                widths.append((hh.in_features, hh.out_features // 4) if self.mode == "LSTM"
-                              else (hh.in_features,))
         if hx is None:
             return [tuple(x.new_zeros(batch, width) for width in each) for each in widths]
         states = tuple(hx) if self.mode == "LSTM" else (hx,)
@@ -338,10 +346,6 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     if bias is not None:
         made.bias = bias
     return made
-
-
-def _suffixes(bidirectional: bool) -> tuple[str, ...]:
-    return ("", "_reverse") if bidirectional else ("",)
 
 
 def _cell_mode(part: nn.RNNCellBase) -> str:
