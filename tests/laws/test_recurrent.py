@@ -1,4 +1,4 @@
-"""The laws of files, over every technique on the weights of trained recurrent networks."""
+"""The laws of files and of training, over every technique on the weights of trained recurrent networks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from rarefy.core.nodes import Dense, Node
 from rarefy.core.nouns import Evidence
 from rarefy.export.networks import export_network, opened
 from rarefy.models.network import TENSOR, Network
-from rarefy.run.planning import techniques
+from rarefy.run.planning import techniques, trainers
 from rarefy.runtimes.torch import load
+from rarefy.techniques.distill.soft_labels import SoftLabels
+from rarefy.training.examples import Rows
+from rarefy.training.loop import Settings
+from rarefy.training.signals import Distillation
+from rarefy.training.tune import Tuning, tune
 from tiny_networks import TinyRNN
 
-TECHNIQUES = techniques()
+TECHNIQUES, TRAINERS = techniques(), trainers()
 
 
 def narrow(technique: Any) -> Any:
@@ -69,3 +74,22 @@ def test_what_is_written_answers_as_the_trees_do(
     torch.testing.assert_close(again.run({TENSOR: x}), wanted)
     fast = load(tmp_path / "out", into=TinyRNN(opened_network.name), exact=True)
     torch.testing.assert_close(fast(x), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(TRAINERS))
+def test_weights_of_steps_learn_under_every_technique(
+        name: str, network: tuple[Network, torch.Tensor, dict[str, Evidence]]) -> None:
+    """What hardens is what was computed, and the last step's lesson reached the first weight."""
+    opened_network, x, _ = network
+    technique = narrow(TRAINERS[name]())
+    tuned = tune(opened_network, {}, Tuning(frozenset({"biases"}), technique, ("role:hh",)),
+                 Distillation(opened_network, opened_network, ((1.0, SoftLabels()),)), Rows({TENSOR: x}),
+                 Settings(steps=4, batch=16, rate=1e-3, precision="float32"))
+    path = "rnn.layers.0.hh.weight"
+    tree, before = tuned.trees[path].dense(), opened_network.weight(path)
+    assert set(tuned.trees) == {f"rnn.layers.{layer}.hh.weight" for layer in range(3)}
+    assert tree.shape == before.shape and not torch.equal(tree, before)
+    bias = tuned.params["rnn.layers.0.ih.bias"]
+    assert not torch.equal(bias, opened_network.param("rnn.layers.0.ih.bias"))
+    answers = opened_network.run({TENSOR: x}, opened_network.tensors(tuned.trees.get) | tuned.params)
+    assert bool(torch.isfinite(answers).all())
