@@ -38,6 +38,7 @@ from rarefy.core.errors import ModelError, RecipeError
 from rarefy.core.structure import ExitAnswers, ExitRule
 from rarefy.export.networks import EXITS, native_folder, opened, stored_trees
 from rarefy.formats.native import TREE
+from rarefy.measure.latency import Clock
 from rarefy.models.form import MASK
 from rarefy.models.network import TENSOR, Network, call
 from rarefy.runtimes.segments import Behind, Cut, Segments
@@ -366,10 +367,10 @@ def _weights(folder: Path) -> str:
 # ---- what they give
 
 def measured(exits: Exits, examples: Examples, batches: Sequence[int] = (1, 32), points: int = 9,
-             answers: ExitAnswers | None = None) -> dict[str, Any]:
+             answers: ExitAnswers | None = None, clock: Clock = time.perf_counter) -> dict[str, Any]:
     """The distribution of exits, quality against mean depth, and wall clock beside the whole network's.
 
-    answers: to these examples, where they are known already.
+    answers: to these examples, where they are known already. clock: as for ``measure.latency.compare``.
     """
     answers, technique = exits.answers(examples) if answers is None else answers, exits.technique
     ends = [*exits.after, len(exits.stepped.blocks) - 1]
@@ -393,10 +394,10 @@ def measured(exits: Exits, examples: Examples, batches: Sequence[int] = (1, 32),
             "left": {int(block): int((depths[leaves] == block).sum()) for block in depths},
             "behind": {block + 1: exits.stepped.names[block] for block in exits.after},
             "curve": [quality(threshold) for threshold in thresholds],
-            "seconds": {size: _clock(exits, examples, size) for size in batches}}
+            "seconds": {size: _timed(exits, examples, size, clock) for size in batches}}
 
 
-def _clock(exits: Exits, examples: Examples, size: int) -> dict[str, float]:
+def _timed(exits: Exits, examples: Examples, size: int, clock: Clock) -> dict[str, float]:
     """Seconds per sample, with exits and of the network itself, in turns."""
     found = {"exits": 0.0, "whole": 0.0}
     timed = examples.select(torch.linspace(0, len(examples) - 1, min(TIMED, len(examples))).long())
@@ -408,9 +409,9 @@ def _clock(exits: Exits, examples: Examples, size: int) -> dict[str, float]:
                 way(inputs)
         for inputs in timed.batches(size):
             for name, way in ways.items():
-                started = time.perf_counter()
+                started = clock()
                 way(inputs)
-                found[name] += time.perf_counter() - started
+                found[name] += clock() - started
     return {name: seconds / len(timed) for name, seconds in found.items()}
 
 
