@@ -21,6 +21,7 @@ from rarefy.models.network import TENSOR, Network
 from rarefy.models.recurrent import Cell, Recurrent, class_name, rolled, unrolled
 from rarefy.training.loop import Settings
 from rarefy.training.tune import Tuning, student_of
+from tiny_networks import TinyRNN
 
 IN, WIDTH, LENGTHS = 4, 6, (2, 5, 1, 4)
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -182,17 +183,63 @@ class Heard(nn.Module):
         return self.fc(self.rnn(self.conv(x).relu().transpose(1, 2))[0][:, -1])
 
 
-def test_channels_in_front_go_and_states_stay(tmp_path: Path) -> None:
+def test_channels_in_front_go(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning")
     network, x = Network.from_module(Heard()), {TENSOR: torch.randn(2, 2, 7)}
-    groups, refused = channel_groups(network, x)
-    assert [group.root for group in groups] == ["conv"]
-    assert refused["rnn.layers.0.ih"] == "the states of a recurrent layer are as wide"
     small = without_channels(network, x, {"conv": torch.arange(5)}, {})
     export_network(small, {}, tmp_path / "out")
     loaded = load(tmp_path / "out", into=Heard())
     assert type(loaded.rnn) is nn.LSTM and loaded.rnn.input_size == 5
     torch.testing.assert_close(loaded(x[TENSOR]), small.run(x))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_states_that_nobody_reads_go_without_a_trace(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    module, x, kept = TinyRNN(kind), torch.rand(3, 1, 8, 8), torch.arange(0, 32, 2)
+    with torch.no_grad():
+        for weight in (*(module.rnn.get_parameter(f"weight_hh_l{layer}") for layer in range(3)),
+                       module.rnn.weight_ih_l1, module.rnn.weight_ih_l2, module.fc.weight):
+            weight[:, 1::2] = 0
+    network = Network.from_module(module)
+    groups, _ = channel_groups(network, {TENSOR: x})
+    roots = [f"rnn.layers.{layer}.ih" for layer in range(3)]
+    assert [(group.root, group.count) for group in groups] == [(root, 32) for root in roots]
+    assert [place.path for place in groups[2].readers] == ["rnn.layers.2.hh.weight", "fc.weight"]
+    small = without_channels(network, {TENSOR: x}, dict.fromkeys(roots, kept), {})
+    torch.testing.assert_close(small.run({TENSOR: x}), network.run({TENSOR: x}))
+    export_network(small, {}, tmp_path / "out")
+    loaded = load(tmp_path / "out", into=TinyRNN(kind))
+    assert type(loaded.rnn) is type(module.rnn) and loaded.rnn.hidden_size == 16
+    torch.testing.assert_close(loaded(x), module(x))
+    with pytest.raises(ModelError, match=r"rnn: its layers would keep 16, 32, 32 states.*spread: uniform"):
+        without_channels(network, {TENSOR: x}, {roots[0]: kept}, {})
+
+
+class Ends(nn.Module):
+    """Looks at the states that a sequence ends in, beside the mean of the outputs."""
+
+    def __init__(self, rnn: nn.Module, width: int) -> None:
+        super().__init__()
+        self.rnn, self.fc = rnn, nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, h = self.rnn(x)
+        return self.fc(y.mean(1)) + h[-1].sum((0, 2))[:, None] if isinstance(h, tuple) else \
+            self.fc(y.mean(1)) + h[-1].sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("module", [
+    Ends(nn.GRU(IN, WIDTH, 2, batch_first=True), WIDTH),
+    Ends(nn.LSTM(IN, WIDTH, 1, batch_first=True, proj_size=2), 2)])
+def test_states_that_more_reads_stay(module: nn.Module) -> None:
+    pytest.importorskip("torch_pruning")
+    groups, refused = channel_groups(Network.from_module(module), {TENSOR: torch.randn(2, 5, IN)})
+    assert groups == () and "the states of a recurrent layer are as wide" in refused.values()
+    both = Ends(nn.GRU(IN, WIDTH, batch_first=True, bidirectional=True), 2 * WIDTH)
+    with pytest.raises(ModelError, match="goes both ways, through which no channels can be traced"):
+        channel_groups(Network.from_module(both), {TENSOR: torch.randn(2, 5, IN)})
 
 
 def test_layers_that_are_computed_again_learn_the_same() -> None:

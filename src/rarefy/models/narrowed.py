@@ -28,7 +28,7 @@ from rarefy.core.errors import ModelError, TargetError
 from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, Network
 from rarefy.models.opening import fill, laid_out, network_class
-from rarefy.models.recurrent import Cell, Recurrent
+from rarefy.models.recurrent import Cell, Layer, Recurrent
 from rarefy.models.shrunk import Cut, Place, ShrunkSource, Units, renumbered, row_places
 from rarefy.models.sources import ModuleSource
 from rarefy.models.tokens import without_tokens
@@ -146,8 +146,9 @@ def channel_groups(network: Network, inputs: Mapping[str, Tensor]) -> tuple[tupl
     with _traced(network, inputs) as (module, graph):
         names = {id(part): name for name, part in module.named_modules()}
         order = {id(part): place for place, part in enumerate(module.modules())}
-        stepping = {id(each) for part in module.modules() if isinstance(part, Recurrent | Cell)
+        stepping = {id(each) for part in module.modules() if isinstance(part, Layer | Cell)
                     for each in part.modules()}
+        layers = {id(part._modules["ih"]): part for part in module.modules() if isinstance(part, Layer)}
         found, refused = [], {}
         for group in graph.get_all_groups(root_module_types=[*LAYERS]):
             writing = [item.dep.target.module for item in group if _writes(graph, item)]
@@ -155,11 +156,12 @@ def channel_groups(network: Network, inputs: Mapping[str, Tensor]) -> tuple[tupl
             if not roots:
                 continue
             root = min(roots, key=lambda part: order[id(part)])
-            reason = _reason(graph, group, stepping)
+            states = _states(graph, group, layers.get(id(root)), names)
+            reason = "" if states else _reason(graph, group, stepping)
             if reason:
                 refused[names[id(root)]] = reason
             else:
-                found.append(_group(graph, root, names))
+                found.append(states or _group(graph, root, names))
     place = {name: k for k, (name, _) in enumerate(network.module.named_modules())}
     return tuple(sorted(found, key=lambda each: place[each.root])), refused
 
@@ -179,10 +181,13 @@ def without_channels(network: Network, inputs: Mapping[str, Tensor], kept: Mappi
             gone = sorted(set(range(groups[root].count)) - set(index.tolist()))
             if len(gone) == groups[root].count:
                 raise ModelError(f"{groups[root].site}: no channel is left; keep at least one")
-            if gone:
+            if gone and isinstance(module.get_submodule(root.rpartition(".")[0]), Layer):
+                _cut(module, groups[root], index)
+            elif gone:
                 part = module.get_submodule(root)
                 graph.get_pruning_group(part, graph.get_pruner_of_module(part).prune_out_channels,
                                         idxs=gone).prune()
+    _refuse_uneven(network.name, module)
     narrow = module.eval().requires_grad_(False)
     form = replace(network.form, loader="")  # transformers' configuration has no word for these widths
     tokenizer = (lambda: network.tokenizer) if network.form.takes == "text" else None
@@ -275,6 +280,12 @@ def _traced(network: Network, inputs: Mapping[str, Tensor]) -> Any:
     module = copy.deepcopy(network.module).requires_grad_(True)
     args = inputs[TENSOR] if set(inputs) == {TENSOR} else dict(inputs)
     graph = torch_pruning.DependencyGraph()
+    layers = [part for part in module.modules() if isinstance(part, Recurrent)]
+    for part in layers:  # a third step depends on what the second does
+        part.computed = 2
+        if part.bidirectional:
+            raise ModelError(f"{network.name}: has a recurrent layer that goes both ways, through which no "
+                             "channels can be traced; leave filters out")
     try:
         with torch.enable_grad():
             graph.build_dependency(module, example_inputs=args,
@@ -282,7 +293,11 @@ def _traced(network: Network, inputs: Mapping[str, Tensor]) -> Any:
     except Exception as error:  # noqa: BLE001  tracing runs the user's forward and raises whatever it meets
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{network.name}: its channels cannot be traced ({first})") from None
-    yield module, graph
+    try:
+        yield module, graph
+    finally:
+        for part in layers:
+            part.computed = 0
 
 
 def _writes(graph: Any, item: Any) -> bool:
@@ -331,6 +346,52 @@ def _group(graph: Any, root: Any, names: Mapping[int, str]) -> ChannelGroup:
         unit[torch.tensor(item.idxs)] = torch.tensor(item.root_idxs)
         (writers if axis == 0 else readers).append(Place(f"{name}.weight", axis, unit))
     return ChannelGroup(names[id(root)], count, tuple(writers), tuple(readers))
+
+
+def _states(graph: Any, group: Any, layer: Layer | None, names: Mapping[int, str]) -> ChannelGroup | None:
+    """The states of a recurrent layer as channels; None: it is none, or more is as wide than its own weights
+    and layers that read its states alone.
+
+    State j is written by row j of every gate, in what reads the input and in what reads the state.
+    """
+    if layer is None or len(layer.suffixes) > 1 or layer.linears("")[2] is not None:
+        return None
+    ih, hh, _ = layer.linears("")
+    count = hh.in_features
+    reading = [item.dep.target.module for item in group if not _writes(graph, item)]
+    readers = {id(part): part for part in reading if isinstance(part, LAYERS)}
+    writers = {id(item.dep.target.module) for item in group if _writes(graph, item)
+               and any(True for _ in item.dep.target.module.parameters())}
+    if writers != {id(ih), id(hh)} or any(
+            not isinstance(part, nn.Linear) or part.in_features != count for part in readers.values()):
+        return None
+    rows, columns = torch.arange(ih.out_features) % count, torch.arange(count)
+    return ChannelGroup(names[id(ih)], count,
+                        tuple(Place(f"{names[id(part)]}.weight", 0, rows) for part in (ih, hh)),
+                        tuple(Place(f"{names[place]}.weight", 1, columns) for place in readers))
+
+
+def _refuse_uneven(name: str, module: nn.Module) -> None:
+    """What a recurrent layer ends in is one tensor of all its layers."""
+    for place, part in module.named_modules():
+        if isinstance(part, Recurrent):
+            layers: Any = part.layers
+            widths = [layer.widths()[0][0] for layer in layers]
+            if len(set(widths)) > 1:
+                raise ModelError(f"{name}: {place}: its layers would keep {', '.join(map(str, widths))} "
+                                 "states, and all must keep as many; use spread: uniform")
+
+
+@torch.no_grad()
+def _cut(module: nn.Module, group: ChannelGroup, index: Tensor) -> None:
+    """Leave out states, which the graph does not know to cut: it takes gates for one run of channels."""
+    for place in (*group.writers, *group.readers):
+        part: Any = module.get_submodule(place.path.removesuffix(".weight"))
+        kept = place.kept(index)
+        part.weight = nn.Parameter(part.weight.index_select(place.axis, kept))
+        if place.axis == 0 and part.bias is not None:
+            part.bias = nn.Parameter(part.bias[kept])
+        part.out_features, part.in_features = part.weight.shape
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ Split = Callable[[Tensor], Sequence[Tensor]]  # a sequence into its steps, [rows
 Join = Callable[[list[Tensor]], Tensor]  # and back
 LAYERS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 CELLS: dict[type[nn.RNNCellBase], str] = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU", nn.RNNCell: "RNN"}
-KINDS = ("ih", "hh", "hr")
+KINDS, GATES = ("ih", "hh", "hr"), {"LSTM": 4, "GRU": 3}
 
 
 def unrolled(module: nn.Module) -> nn.Module:
@@ -127,13 +127,16 @@ class Layer(nn.Module):
 class Recurrent(nn.Module):
     """In the place of a ``torch.nn.LSTM``, ``GRU`` or ``RNN``: the same arguments, the same answers.
 
-    Every attribute that says how torch's layer was made is here as well.
+    Every attribute that says how torch's layer was made is here as well. computed: steps of a sequence that
+    are, the last for all behind it (0: all): for who only asks what depends on what.
     """
+
+    computed = 0
 
     def __init__(self, part: nn.RNNBase) -> None:
         super().__init__()
-        self.mode, self.hidden_size, self.num_layers = part.mode, part.hidden_size, part.num_layers
-        self.bias, self.batch_first = part.bias, part.batch_first
+        self.mode, self.num_layers, self.bias = part.mode, part.num_layers, part.bias
+        self.batch_first = part.batch_first
         self.dropout, self.bidirectional, self.proj_size = part.dropout, part.bidirectional, part.proj_size
         self.layers = nn.ModuleList(Layer(part, index) for index in range(part.num_layers))
         self.train(part.training)
@@ -143,6 +146,12 @@ class Recurrent(nn.Module):
         """Channels that come in; fewer than at first where some were taken out."""
         first: Any = self.layers[0]
         return int(first.linears("")[0].in_features)
+
+    @property
+    def hidden_size(self) -> int:
+        """States of the first layer, likewise."""
+        first: Any = self.layers[0]
+        return int(first.linears("")[1].out_features) // GATES.get(self.mode, 1)
 
     def flatten_parameters(self) -> None:
         """Nothing: kept because networks call it."""
@@ -159,8 +168,9 @@ class Recurrent(nn.Module):
                 return y.squeeze(axis), _each(last, lambda state: state.squeeze(1))
             case _ if x.ndim == 3:
                 axis = 1 if self.batch_first else 0
-                return self._run(x, hx, x.shape[1 - axis], lambda gates: gates.unbind(axis),
-                                 lambda steps: torch.stack(steps, axis))
+                count, few = x.shape[axis], self.computed or None
+                return self._run(x, hx, x.shape[1 - axis], lambda gates: gates.unbind(axis)[:few],
+                                 lambda steps: torch.stack(steps + steps[-1:] * (count - len(steps)), axis))
             case _:
                 raise ModelError(f"{class_name(self)}: an input of {x.ndim} axes; it takes 2 or 3")
 

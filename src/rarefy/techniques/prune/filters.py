@@ -1,7 +1,8 @@
 """Take out whole channels of any network: filters, the BatchNorm behind them, and all that reads them.
 
-Channels that residual connections add are one group and go together. What channel c costs, over all weights
-w that write or read it, all inputs x_c of what reads it, and the answer z:
+Channels that residual connections add are one group and go together. The states of a recurrent layer
+that goes one way are channels, too, as many in each of its layers. What channel c costs, over all weights w
+that write or read it, all inputs x_c of what reads it, and the answer z:
 
     l1       sum |w|                                     data-free
     l2       sqrt(sum w^2)
