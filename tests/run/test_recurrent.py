@@ -121,3 +121,17 @@ def test_integers_alone_are_refused_by_name(tiny_gru: Digits, tmp_path: Path) ->
     pytest.importorskip("onnxscript")
     with pytest.raises(TargetError, match="recurrent layers have no form in integers alone; use --for torch"):
         job(tiny_gru, tmp_path / "out", to="50%", target="integer")
+
+
+def test_states_are_taken_out_and_the_rest_is_taught_and_rounded(tiny_gru: Digits, tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    result = recipe(tiny_gru, tmp_path / "out", Step("filters", settings={"ratio": 0.25}),
+                    Step("tune", training={**FEW, "objectives": ["soft_labels"]}),
+                    Step("rtn", ("role:hh", "role:ih"), {}, "int8"))
+    network = opened(result.exported, TinyRNN("GRU"))
+    assert {type(tree) for path, tree in stored_trees(network).items() if "rnn" in path} == {Quantized}
+    loaded = rarefy.load(tmp_path / "out", into=TinyRNN("GRU"))
+    assert isinstance(loaded.rnn, nn.GRU) and loaded.rnn.hidden_size == 24 and loaded.fc.in_features == 24
+    task = result.receipt["measured"]["float"]["task"]
+    assert accuracy(loaded, tiny_gru.test) == pytest.approx(task["accuracy"])
+    assert task["accuracy"] > task["accuracy_original"] - 0.1
