@@ -30,16 +30,18 @@ from harness import Ledger, Results, table, write_page
 from rarefy.calibration import observe
 from rarefy.calibration.examples import Examples
 from rarefy.core.edit import Technique, edit
-from rarefy.core.nodes import Dense, Node
+from rarefy.core.nodes import Dense, Node, Product
 from rarefy.core.nouns import Evidence
 from rarefy.core.tune import Trainer
 from rarefy.export.networks import export_network
 from rarefy.measure.latency import compare
 from rarefy.models.network import TENSOR, Network
+from rarefy.models.recurrent import Recurrent, unrolled
 from rarefy.numerics.grids import integer_grid
 from rarefy.run.narrow import filtered
 from rarefy.run.sharing import follows, relinked, share_layers
-from rarefy.runtimes.torch import load
+from rarefy.runtimes.recurrent import WIDE, Int8Recurrent
+from rarefy.runtimes.torch import STEPS, load, lower, row_codes
 from rarefy.techniques.distill.soft_labels import SoftLabels
 from rarefy.techniques.factorize.svd_llm import SVDLLM
 from rarefy.techniques.prune.filters import Filters
@@ -55,7 +57,7 @@ from rarefy.training.tune import Tuning, tune
 
 WIDTH, LAYERS, EPOCHS, SEEN = 256, 3, 6, 1024
 TAUGHT = Settings(epochs=2, batch=64, rate=1e-3)
-BATCHES = (1, 128)
+BATCHES, FEW, WIDTHS = (1, 128), (1, 32), (64, 128, 256, 512, 1024)
 TURNS = 5  # of the compressed network, each between two of the original
 EIGHT, FOUR = RTN(integer_grid(8, 0)), integer_grid(4, 32)
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "recurrent.md"
@@ -101,20 +103,20 @@ class Original:
         return Examples({TENSOR: self.digits.train.tensors["0"][:SEEN]})
 
     def edited(self, *techniques: Technique) -> Smaller:
-        """Every weight under some techniques, one behind the other; the head, and the first weight, whose 28
-        columns divide into no groups, in 8 bits."""
+        """Every recurrent weight under some techniques, one behind the other; the first, whose 28 columns
+        divide into no groups, in 8 bits."""
         trees: dict[str, Node] = {}
         for path in self.seen:
-            weight, small = self.network.weight(path), path in ("rnn.layers.0.ih.weight", "head.weight")
+            weight = self.network.weight(path)
             trees[path] = Dense(weight)
-            for technique in (EIGHT,) if small else techniques:
+            for technique in (EIGHT,) if path == "rnn.layers.0.ih.weight" else techniques:
                 trees[path] = self._one(path, trees[path], weight, technique)
         return Smaller(trees, {})
 
     def rounded(self, made: Smaller) -> Smaller:
         """What training made, in 8 bits; weights of several layers are rounded where they are stored."""
-        found = {path: tree if follows(tree) else self._one(path, tree, tree.dense(), EIGHT)
-                 for path, tree in made.trees.items()}
+        found = {path: tree if follows(tree) or path not in self.seen else
+                 self._one(path, tree, tree.dense(), EIGHT) for path, tree in made.trees.items()}
         trees = {path: relinked(tree, found.get) for path, tree in found.items()}
         return Smaller(trees, made.params, made.network)
 
@@ -208,8 +210,11 @@ def main() -> None:
         digits = read(arguments.data / "mnist")
         what = ("recurrent", digits.train.digest(), WIDTH, LAYERS, EPOCHS, SEEN, TAUGHT, TURNS)
         found = results.of(WAYS, what, lambda way: judged(way, original(arguments.data, work)))
+        sizes = {f"{kind}, {width}": (kind, width) for kind in ("LSTM", "GRU") for width in WIDTHS}
+        widths = results.of(sizes, ("widths", FEW, TURNS), timed)
         if found:
-            write_page(PAGE, "A recurrent network", "python benchmarks/recurrent.py", said(digits, found))
+            write_page(PAGE, "A recurrent network", "python benchmarks/recurrent.py",
+                       [*said(digits, found), *widths_said(widths)])
 
 
 def judged(way: Callable[[Original], Smaller], whole: Original) -> dict[str, Any]:
@@ -230,7 +235,8 @@ def original(data: Path, work: Path) -> Original:
         torch.save(module.state_dict(), file)
     network = Network.from_module(module.eval().requires_grad_(False))
     images = Examples({TENSOR: digits.train.tensors["0"][:SEEN]})
-    seen = observe.inputs(network, images, [site.path for site in network.map.sites], {})
+    recurrent = [site.path for site in network.map.sites if site.role != "head"]
+    seen = observe.inputs(network, images, recurrent, {})
     return Original(copy.deepcopy(module), network, digits, seen, work)
 
 
@@ -250,14 +256,67 @@ def said(digits: Digits, found: Mapping[str, Any]) -> list[str]:
         f"to train on, {count:,} to judge (one is {100 / count:.2f} points). It learnt for {EPOCHS} epochs. "
         f"What needs samples saw {SEEN:,} of those that it was trained on; what is distilled learns from its "
         f"answers to them all for {TAUGHT.epochs:g} more epochs. One seed each.",
-        "The folder is the whole native folder, headers and biases (float32) included. Speed is times faster "
-        "than torch's own `nn.LSTM` in float32, one thread, in turns, by the processor's own time.",
+        "The folder is the whole native folder, headers, biases and head (float32) included. Speed is times "
+        "faster than torch's own `nn.LSTM` in float32, one thread, in turns, by the processor's own time.",
         table(head, rows),
         "Weights in 8 bits run in torch's integer kernel for recurrent layers. All else becomes torch's own "
         "layer with expanded weights, smaller on disk and not faster, unless faster products save more than "
-        "going step by step costs: low rank does at widths of about 450 and more. Shared are the hidden "
-        "weights of all layers and the input weights of all but the first. With half of its states a layer "
-        "is a smaller layer of the same kind."]
+        "going step by step costs (below). Shared are the hidden weights of all layers and the input weights "
+        "of all but the first. With half of its states a layer is a smaller layer of the same kind."]
+
+
+# ---- widths --------------------------------------------------------------------------------------------
+
+
+def timed(case: tuple[str, int]) -> dict[str, list[float]]:
+    """Milliseconds of torch's own two layers, and times faster in integers, and step by step: as they are, in
+    8 bits, and of a quarter of the rank; by batch."""
+    kind, width = case
+    torch.manual_seed(0)
+    own = getattr(nn, kind)(width, width, 2, batch_first=True).eval().requires_grad_(False)
+    part, found = unrolled(copy.deepcopy(own)), {}
+    assert isinstance(part, Recurrent)
+    weights = {name: each.weight for name, each in part.named_modules() if isinstance(each, nn.Linear)}
+    eight = {name: edit(name, Dense(weight), weight, EIGHT, "rtn", None, torch.Generator())[0]
+             for name, weight in weights.items()}
+    codes = {name: each for name, tree in eight.items() if (each := row_codes(tree)) is not None}
+    low = {name: Product(Dense(weight[:, :width // 4].contiguous()), Dense(weight[:width // 4].contiguous()))
+           for name, weight in weights.items()}
+    others = [Int8Recurrent(part, codes), part, stepping(part, eight), stepping(part, low)]
+    for size in FEW:
+        x = torch.randn(size, 28, width)
+        paces = [compare(calling(own, x), calling(other, x), TURNS, clock=process_time) for other in others]
+        found[str(size)] = [1000 * size / paces[0].a, *(each.ratio for each in paces)]
+    return found
+
+
+def calling(module: nn.Module, x: Tensor) -> Callable[[], int]:
+    """A sequence of every sample, once."""
+    def call() -> int:
+        with torch.no_grad():
+            return len(module(x)[0])
+    return call
+
+
+def stepping(part: nn.Module, trees: Trees) -> nn.Module:
+    """A copy of the layer with its products in their fastest ways, which steps in any case."""
+    part = copy.deepcopy(part)
+    for name, tree in trees.items():
+        part.set_submodule(name, lower(tree, part.get_submodule(name), tokens=128)[0])
+    return part
+
+
+def widths_said(found: Mapping[str, Any]) -> list[str]:
+    """When integers are faster, and when steps are."""
+    head = ("two layers", "batch", "torch's own, ms", "integers", "steps, float32", "steps, 8 bits",
+            "steps, a quarter of the rank")
+    rows = [(name, size, f"{times[0]:.2f}", *(f"{each:.2f}x" for each in times[1:]))
+            for name, sizes in found.items() for size, times in sizes.items()]
+    said = ("Two layers that read 28 steps: how many times faster than torch's own in float32 they are in "
+            f"its integer kernel, which `fast=True` takes from a width of {WIDE['LSTM']} (LSTM) and "
+            f"{WIDE['GRU']} (GRU) on, and step by step, which it takes where products save "
+            f"{STEPS / 1e6:.2g} million multiplications a step and layer.")
+    return ["## When which is faster", said, table(head, rows)]
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def _in_integers(network: nn.Module, trees: Mapping[str, Node], speed: Speed) ->
     for name, part in list(network.named_modules()):
         if not isinstance(part, Recurrent) or not name or speed.int8 >= 1 or not runs_in_integers(part):
             continue
-        codes = {below: _row_codes(trees.get(f"{name}.{below}")) for below, each in part.named_modules()
+        codes = {below: row_codes(trees.get(f"{name}.{below}")) for below, each in part.named_modules()
                  if isinstance(each, nn.Linear)}
         whole = {below: each for below, each in codes.items() if each is not None}
         if len(whole) == len(codes):
@@ -215,7 +215,7 @@ def _in_integers(network: nn.Module, trees: Mapping[str, Node], speed: Speed) ->
     return frozenset(found)
 
 
-def _row_codes(tree: Node | None) -> tuple[Tensor, Tensor] | None:
+def row_codes(tree: Node | None) -> tuple[Tensor, Tensor] | None:
     """Codes and one scale a row, if that is what a tree is."""
     match None if tree is None else _inside(tree):
         case Masked(keep=keep, inner=Quantized() as node):
