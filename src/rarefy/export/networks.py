@@ -133,8 +133,7 @@ def _laid_out(folder: Path, held: Native, form: Form, config: Any, into: nn.Modu
         return sized_like(own, _shapes(own, held))
     maker = network_class(config, form.loader)
     pooler = any("pooler." in path for path in held.trees)
-    module: nn.Module = laid_out(config, maker, str(held.config.get("name")), pooler=pooler)
-    return module
+    return unrolled(laid_out(config, maker, str(held.config.get("name")), pooler=pooler))
 
 
 def _shapes(module: nn.Module, held: Native) -> dict[str, tuple[int, ...]]:
