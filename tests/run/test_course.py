@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, S
 from rarefy.core.nouns import Recipe, Step
 from rarefy.export.networks import opened, stored_trees
 from rarefy.models.opening import open_any
-from rarefy.run.course import lesson_of, recut, tuning_of
+from rarefy.run.course import check, lesson_of, recut, tuning_of
 from rarefy.run.job import Job, Result, compress
 from rarefy.run.lessons import Term
 from rarefy.run.recipe import parts, read_recipe, runs, write_recipe
@@ -146,6 +147,40 @@ def test_training_behind_the_last_leaves(tiny_encoder: Path, tmp_path: Path) -> 
     assert up and all(isinstance(tree, Sum) and isinstance(tree.terms[0], Quantized)
                       and isinstance(tree.terms[1], Product) for tree in up)
     assert [each["technique"] for each in result.receipt["training"]] == ["tune", "lora"]
+
+
+def test_block_after_block_from_codes(tiny_llama: Path, tmp_path: Path) -> None:
+    """EfficientQAT as a recipe: GPTQ, blocks that learn from there, then the scales of all."""
+    few = {"steps": 2, "batch": 2, "moves": ["scales"], "objectives": ["forward_kl"]}
+    recipe = Recipe(str(tiny_llama), (
+        Step("gptq", ("role:down",), format="int2-g32"),
+        Step("lsq", ("role:down",), format="int2-g32",
+             training={"by": "blocks", "epochs": 5, "batch": 4, "sequences": 32, "rate": 3e-4}),
+        Step("tune", training=few)), "torch", "quick", data=("self",))
+    found = [compress(Job(str(tiny_llama), tmp_path / name, target="torch", effort="quick", data=("self",),
+                          recipe=replace(recipe, steps=steps)))
+             for name, steps in (("rounded", recipe.steps[:1]), ("trained", recipe.steps))]
+    rows = [row for row in found[1].receipt["axes"] if row["site"].startswith("block ")]
+    assert [row["site"] for row in rows] == ["block 0", "block 1", "block 2"]
+    errors = [[float(part.split()[-1]) for part in row["note"].split(", now")] for row in rows]
+    assert all(after <= before for before, after in errors) and errors[-1][1] < errors[-1][0]
+    moved = [each.receipt["measured"]["float"]["kl_mean"] for each in found]
+    assert moved[1] < moved[0] and found[1].receipt["bytes"] <= found[0].receipt["bytes"] * 1.01
+
+
+@pytest.mark.parametrize(("technique", "said", "match"), [
+    ("lsq", {"by": "layers"}, "by: 'layers'"), ("tune", {"by": "blocks"}, "trains as a whole"),
+    ("lsq", {"by": "blocks", "steps": 3}, "by blocks has no setting 'steps'"),
+    ("lsq", {"by": "blocks", "epochs": 0}, "must be positive")])
+def test_what_blocks_are_not_trained_by(technique: str, said: dict[str, Any], match: str) -> None:
+    step = Step(technique, format="" if technique == "tune" else "int4-g32", training=said)
+    with pytest.raises(RecipeError, match=match):
+        check(Recipe("x", (step,)))
+
+
+def test_encoders_are_not_trained_by_blocks(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="only language models are trained by blocks"):
+        done(tiny_encoder, tmp_path / "out", Step("lsq", format="int4-g32", training={"by": "blocks"}))
 
 
 def test_a_language_model(tiny_llama: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from rarefy.run.samples import Samples, some
 from rarefy.run.sharing import share_layers
 from rarefy.run.subject import Subject
 from rarefy.training.activations import Rounding
+from rarefy.training.blockwise import Blockwise, Reconstructed, reconstruct
 from rarefy.training.loop import Settings
 from rarefy.training.tune import Tuned, Tuning, tune
 
@@ -129,6 +130,8 @@ class Course:
 
     def _trained(self, state: State, step: Step, number: int) -> State:
         """``state`` after one training."""
+        if "by" in step.training:
+            return self._reconstructed(state, step)
         started, opened, work = time.perf_counter(), state.view.opened, self.folder / f"training{number}"
         lesson, tuning = lesson_of(step, self.recipe), tuning_of(step)
         with self.progress.stage("training data"):
@@ -148,6 +151,32 @@ class Course:
         before = {path: tree for path, tree in state.trees.items() if path not in tuned.trees}
         return State(computing(opened, tuned.trees, tuned.params), {**before, **trees},
                      state.receipts + receipts, (*state.curves, curve))
+
+
+    def _reconstructed(self, state: State, step: Step) -> State:
+        """``state`` after one training that went block by block."""
+        opened, original, settings = state.view.opened, self.original.opened, blocks_of(step, self.recipe)
+        if not (isinstance(opened, Model) and isinstance(original, Model)):
+            raise RecipeError(f"{step.technique}: only language models are trained by blocks; leave 'by' out")
+        data = _several(step.training.get("data", self.recipe.data))
+        length = Settings(steps=-(-settings.sequences // settings.batch), batch=settings.batch,
+                          seed=self.recipe.seed)
+        tokens = material(Lesson(data, settings=length), opened, distils=True,
+                          avoid=self.data.evaluation).train.tensors["input_ids"]
+        technique, went, started = build_trainer(step), list[Receipt](), time.perf_counter()
+        with self.progress.stage("blocks") as stage:
+
+            def tell(each: Reconstructed) -> None:
+                stage.advance(each.block + 1, opened.map.blocks)
+                went.append(Receipt(f"block {each.block}", step.technique, 0, 0, each.after,
+                                    time.perf_counter() - started,
+                                    note=f"error of its output {each.before:.3g}, now {each.after:.3g}"))
+
+            trees = reconstruct(opened, technique, tokens, settings, tell, before=state.trees,
+                                teacher=original)
+        kept = {path: tree for path, tree in trees.items() if not isinstance(tree, Dense)}
+        return replace(state, view=computing(opened, trees), trees={**state.trees, **kept},
+                       receipts=state.receipts + tuple(went))
 
 
 def recut(opened: Model | Network, trees: Mapping[str, Node]) -> dict[str, Node]:
@@ -207,7 +236,9 @@ def check(recipe: Recipe) -> None:
     """Refuse what steps of training say wrong, before any work is done."""
     for kind, steps in runs(recipe.steps):
         for step in steps:
-            if kind == "training":
+            if kind == "training" and "by" in step.training:
+                blocks_of(step, recipe)
+            elif kind == "training":
                 lesson_of(step, recipe)
                 tuning_of(step)
             elif step.training:
@@ -241,6 +272,20 @@ def tuning_of(step: Step) -> Tuning:
         rounding = Rounding(**named)
     return Tuning(frozenset(moves), technique, step.where, _several(said.get("whole", ())),
                   dropout=bool(said.get("dropout", False)), activations=rounding)
+
+
+def blocks_of(step: Step, recipe: Recipe) -> Blockwise:
+    """How a step trains one block after the other."""
+    said = {name: value for name, value in step.training.items() if name not in ("by", "data")}
+    known = [each.name for each in fields(Blockwise)]
+    wrong = [name for name in said if name not in known or name == "where"]
+    if step.training["by"] != "blocks" or step.technique == TUNE:
+        raise RecipeError(f"{step.technique}: by: {step.training['by']!r}: techniques can train by blocks; "
+                          "all else trains as a whole, without 'by'")
+    if wrong:
+        raise RecipeError(f"{step.technique}: training by blocks has no setting {wrong[0]!r}"
+                          f"{did_you_mean(wrong[0], known)}")
+    return Blockwise(**{"seed": recipe.seed, **said, "where": step.where})
 
 
 def _checked(step: Step) -> dict[str, Any]:

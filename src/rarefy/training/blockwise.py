@@ -5,10 +5,11 @@ The blocks of a language model are trained one at a time, from the first to the 
     || block'(x') - block(x) ||^2,
 
 x' what the compressed blocks before it make of the calibration text, x what the original ones did: so a block
-also makes up for the errors that arrive. Everything in a block that a technique softens moves, latent weights
-as well as steps; memory is that of one block, and of the hidden states of the text. Trained with ``lsq`` on
-an affine grid, this is the first phase of EfficientQAT; the second trains the scales alone through the whole
-network, which is ``tune`` with ``scales``.
+also makes up for the errors that arrive. One whose error has not fallen in the end stays what it was.
+Everything in a block that a technique softens moves, latent weights as well as steps; memory is that of one
+block, and of the hidden states of the text. Trained with ``lsq`` on an affine grid, this is the first phase
+of EfficientQAT; the second trains the scales alone through the whole network, which is ``tune`` with
+``scales``.
 
 Paper: Chen et al. 2024, "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
 section 3.2; Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction",
@@ -18,7 +19,7 @@ section 3.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +38,12 @@ from rarefy.models.runner import Context, Runner
 class Blockwise:
     """How to train each block.
 
-    epochs: times that the text is seen. batch: sequences of a step. rate: of weights. where: globs over
-    the paths of sites; the others stay as they are. seed: of the order of batches.
+    sequences: of text, as many at most. epochs: times that they are seen. batch: sequences of a step. rate:
+    of weights. where: globs over the paths of sites; the others stay as they are. seed: of the order of
+    batches.
     """
 
+    sequences: int = 256
     epochs: int = 2
     batch: int = 2
     rate: float = 1e-4
@@ -48,9 +51,9 @@ class Blockwise:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or not self.rate > 0:
-            raise RecipeError(f"blockwise: epochs {self.epochs}, batch {self.batch}, rate {self.rate}: all "
-                              "must be positive")
+        if self.sequences < 1 or self.epochs < 1 or self.batch < 1 or not self.rate > 0:
+            raise RecipeError(f"blockwise: sequences {self.sequences}, epochs {self.epochs}, batch "
+                              f"{self.batch}, rate {self.rate}: all must be positive")
 
 
 @dataclass(frozen=True)
@@ -63,37 +66,50 @@ class Reconstructed:
 
 
 def reconstruct(model: Model, technique: Trainer, tokens: Tensor, settings: Blockwise,
-                advance: Callable[[Reconstructed], None] | None = None) -> dict[str, Node]:
+                advance: Callable[[Reconstructed], None] | None = None, *,
+                before: Mapping[str, Node] | None = None, teacher: Model | None = None) -> dict[str, Node]:
     """The trees of all matrices in blocks that match, trained on ``tokens`` [sequences, length].
 
-    advance: told of every block. TrainingError when an error is no number.
+    advance: told of every block. before: what weights of ``model`` have become already; training goes on from
+    there. teacher: whose blocks are learnt from, where that is not the model itself. TrainingError when an
+    error is no number; RecipeError when the teacher has other blocks.
     """
+    teacher = teacher or model
     if tokens.ndim != 2 or not len(tokens):
         raise DataError(f"blockwise: tokens of shape {list(tokens.shape)}; give [sequences, length]")
-    runner = Runner(model)
+    if (teacher.map.blocks, teacher.config.hidden_size) != (model.map.blocks, model.config.hidden_size):
+        raise RecipeError(f"{model.name}: has other blocks than {teacher.name}, so none can learn from its "
+                          "own; train it as a whole")
+    parts = tokens[:settings.sequences].split(settings.batch)
+    runner, original = Runner(model), Runner(teacher)
     with torch.no_grad():
-        stems = [runner.stem(part) for part in tokens.split(settings.batch)]
+        stems = [runner.stem(part) for part in parts]
+        wanted = [original.stem(part)[0] for part in parts]  # what the original blocks make of the text
     contexts = [context for _, context in stems]
-    wanted = [hidden for hidden, _ in stems]  # what the original blocks make of the text
-    arrives = list(wanted)  # what the trained ones do
+    arrives = [hidden for hidden, _ in stems]  # what the trained ones do
     generator = torch.Generator().manual_seed(settings.seed)
     trees: dict[str, Node] = {}
     for index in range(runner.blocks):
         with torch.no_grad():
-            wanted = [runner.block(index, *each) for each in zip(wanted, contexts, strict=True)]
+            wanted = [original.block(index, *each) for each in zip(wanted, contexts, strict=True)]
         sites = [site for site in model.map.in_block(index) if _matches(site, settings.where)]
-        block = _Block(runner, index, {site: _softened(model, site, technique, generator) for site in sites})
-        before = block.error(arrives, wanted, contexts)
+        softs = {site: _softened(model, site, (before or {}).get(site.path), technique, generator)
+                 for site in sites}
+        block = _Block(runner, index, softs)
+        start, held = block.error(arrives, wanted, contexts), block.state()
         block.train(arrives, wanted, contexts, settings, generator)
         after = block.error(arrives, wanted, contexts)
         if after != after:
             raise TrainingError(f"block {index}: the error is no longer a number; lower the rate "
                                 f"({settings.rate:g})")
+        if after > start:  # codes that were chosen well may lose more by moving than few steps can give back
+            block.restore(held)
+            after = start
         trees |= block.harden()
         with torch.no_grad():
             arrives = [block(*each) for each in zip(arrives, contexts, strict=True)]
         if advance is not None:
-            advance(Reconstructed(index, before, after))
+            advance(Reconstructed(index, start, after))
     if not trees:
         raise RecipeError(f"pattern {', '.join(settings.where)}: matches no matrix inside a block")
     return trees
@@ -148,13 +164,24 @@ class _Block:
                 for soft in self.softs.values():
                     soft.update(step, total)
 
+    def state(self) -> list[dict[str, Tensor]]:
+        """All numbers of what trains, to go back to."""
+        return [{name: value.clone() for name, value in soft.state_dict().items()}
+                for soft in self.softs.values()]
+
+    def restore(self, state: Sequence[Mapping[str, Tensor]]) -> None:
+        """Back to a ``state``."""
+        for soft, held in zip(self.softs.values(), state, strict=True):
+            soft.load_state_dict(held)
+
     def harden(self) -> dict[str, Node]:
         return {site.path: soft.eval().harden() for site, soft in self.softs.items()}
 
 
-def _softened(model: Model, site: Site, technique: Trainer, generator: torch.Generator) -> Soft:
+def _softened(model: Model, site: Site, tree: Node | None, technique: Trainer, generator: torch.Generator
+              ) -> Soft:
     original = model.weight(site.path)
-    leaf = Leaf(site.path, Dense(original), original, None, None, site.kernel)
+    leaf = Leaf(site.path, Dense(original) if tree is None else tree, original, None, None, site.kernel)
     return soften(leaf, frozenset(), technique, generator)
 
 
