@@ -146,9 +146,23 @@ class Long(nn.Module):
         return self.head(torch.cat([x, one, self.two(one)], 1))
 
 
-def test_what_python_remembers_is_found_by_trying() -> None:
-    with pytest.raises(ModelError, match="no exit can stand in it: behind no module"):
-        Segments.of(Network.from_module(Remembers()), images(3))
+class Centered(nn.Module):
+    """What it says of a sample depends on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.head(x - x.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize(("module", "inputs"), [(Remembers(), images(3)),
+                                                (Centered(), {"0": torch.randn(3, 6)})])
+def test_what_looks_at_the_batch_is_found_by_trying(module: nn.Module, inputs: dict[str, Tensor]) -> None:
+    with pytest.raises(ModelError, match=r"when samples leave behind '(two|one)', the others' answers"):
+        Segments.of(Network.from_module(module), inputs)
 
 
 def test_no_cut() -> None:

@@ -70,12 +70,16 @@ class Segments:
     @classmethod
     def of(cls, network: Network, inputs: Mapping[str, Tensor]) -> Segments:
         """All cuts of a network; ModelError where it has none."""
-        found = _candidates(network, inputs)
-        if not _hold(network, found, inputs):
-            found = [cut for cut in found if _hold(network, [cut], inputs)]
-        if not found:
+        cuts = _candidates(network, inputs)
+        if not cuts:
             raise ModelError(f"{network.name}: no exit can stand in it: behind no module is one tensor all "
                              "that later layers read; put its parts into modules that each return one tensor")
+        found = cuts if _hold(network, cuts, inputs) else [each for each in cuts
+                                                           if _hold(network, [each], inputs)]
+        if not found:
+            raise ModelError(f"{network.name}: no exit can stand in it: when samples leave behind "
+                             f"{cuts[-1].module!r}, the others' answers change or fail; take sizes from the "
+                             "tensor at hand (x.shape[0]), and nothing from the batch as a whole")
         return cls(network, found, _shapes(inputs))
 
     def run(self, inputs: Mapping[str, Tensor], after: Sequence[int], behind: Behind) -> Tensor | None:
