@@ -426,3 +426,18 @@ def rounded_rows(weight: Tensor) -> Quantized:
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).detach().norm() / wanted.detach().norm())
+
+
+def test_shared_codes_run_in_one_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        pytest.skip("no integer kernels here")
+    monkeypatch.setattr("rarefy.runtimes.recurrent.WIDE", {"GRU": 16})
+    own, steps, _ = recurrent(16)
+    trees: dict[str, Node] = {path: rounded_rows(value.detach()) for path, value in steps.named_parameters()
+                              if value.ndim == 2}
+    first, second = "0.layers.0.hh.weight", "0.layers.1.hh.weight"
+    trees[second] = Shared(first, trees[first])
+    steps.load_state_dict({path: tree.dense() for path, tree in trees.items()}, strict=False)
+    assert set(attach(own, trees).values()) == {runtime.INT8} and isinstance(own[0], Int8Recurrent)
+    x = normal(3, 5, 8)
+    assert relative(own(x)[0], steps(x)[0]) < 2 * INT8

@@ -196,12 +196,11 @@ def call(module: nn.Module, inputs: Mapping[str, Tensor], tensors: Mapping[str, 
 def tied(module: nn.Module, trees: Mapping[str, Node]) -> None:
     """Let layers that share a weight hold one tensor, in place; those that correct it keep their own, and so
     do those in whose place something else stands."""
+    held = dict(module.named_parameters(remove_duplicate=False))
     for path, tree in trees.items():
-        if isinstance(tree, Shared):
-            (place, _, key), (owner, _, held) = path.rpartition("."), tree.path.rpartition(".")
-            own, one = (module.get_submodule(name)._parameters for name in (place, owner))
-            if own.get(key) is not None and one.get(held) is not None:
-                own[key] = one[held]
+        if isinstance(tree, Shared) and path in held and tree.path in held:
+            place, _, key = path.rpartition(".")
+            module.get_submodule(place)._parameters[key] = held[tree.path]
 
 
 def _form_of(module: nn.Module) -> Form:
