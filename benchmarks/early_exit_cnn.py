@@ -8,7 +8,8 @@ network's own answers to digits that it was trained on. Digits that were kept as
 each rule and bound; the test digits are what the table shows: where they leave, what is lost, the
 multiplications that are left, and the time beside the whole network's, in turns in one process, and in ONNX
 Runtime, where exits are branches of one graph. Of one thread, the processor's own time is the wall clock of
-an idle machine, and a busy one stretches it less.
+an idle machine, and a busy one stretches it less. What has learnt is kept in WORK: without the ledger there
+(``early_exit_cnn.json``) it is only measured again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from deep_compression import Digits, read
 from harness import Ledger, fingerprint, source_sha256, table, write_page
 from rarefy.calibration.examples import Examples
-from rarefy.export.networks import export_network, opened
+from rarefy.export.networks import export_network, has_exits, opened
 from rarefy.export.onnx import export_onnx
 from rarefy.models.network import TENSOR, Network
 from rarefy.runtimes.exit_graph import export_exits
@@ -46,6 +47,7 @@ from structure_networks import ResNet
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "early_exit_cnn.md"
 SOURCE = ("runtimes/exits.py", "runtimes/segments.py", "runtimes/exit_training.py", "runtimes/exit_graph.py",
           "techniques/depth/early_exit.py")
+LEARNING = ("runtimes/segments.py", "runtimes/exit_training.py", "training/loop.py")
 WIDTHS = (32, 32, 64, 64, 128, 128)
 TRAINED = Settings(epochs=6, batch=64, rate=2e-3, decay=1e-4, precision="float32")
 ASIDE = 0.2  # of the training digits: these choose thresholds
@@ -113,10 +115,7 @@ def measure(subject: Subject, joint: bool) -> dict[str, Any]:
     """Exits, then every rule and bound on them."""
     learn, aside = (examples(each) for each in subject.parts)
     test = examples(subject.digits.test)
-    started = time.perf_counter()
-    exits = learnt(subject, learn, subject.folder / "early_exit_cnn_learnt") if joint else trained(
-        subject.network, learn, AFTER, PLAIN)
-    seconds, results = time.perf_counter() - started, []
+    exits, results = learnt(subject, learn, joint), []
     answers = [exits.answers(each) for each in (aside, test)]
     for rule in RULES:
         for bound in BOUNDS:
@@ -127,19 +126,25 @@ def measure(subject: Subject, joint: bool) -> dict[str, Any]:
             if (rule, bound) == GRAPH:
                 graph = in_a_graph(done, test, subject.folder / f"graph-{joint}")
     alone = [float((each.argmax(-1) == test.labels).float().mean()) for each in answers[1].logits]
-    return {"results": results, "graph": graph, "alone": alone, "seconds": seconds, "learn": len(learn),
+    return {"results": results, "graph": graph, "alone": alone, "learn": len(learn),
             "aside": len(aside), "test": len(test), "split": subject.digits.split,
             "original": 1 - subject.digits.error(subject.network.module),
             "names": list(exits.stepped.names), "work": list(exits.stepped.work)}
 
 
-def learnt(subject: Subject, learn: Examples, folder: Path) -> Exits:
-    """The network learns with its exits, is written, read again, and saved with them."""
-    network = subject.network
-    shutil.rmtree(folder, ignore_errors=True)
-    heads, tuned = together(network, {}, network, learn, AFTER, PLAIN)
-    export_network(network, tuned.trees, folder, params=tuned.params)
-    save(Exits(staged(reopened(folder), next(learn.batches(2))), AFTER, heads), folder)
+def learnt(subject: Subject, learn: Examples, joint: bool) -> Exits:
+    """Heads, or network and heads, trained once and read from a folder."""
+    network, how = subject.network, (joint, TRAINED, PLAIN, AFTER, learn.digests(), source_sha256(*LEARNING))
+    folder = subject.folder / f"learnt-{fingerprint(*how)}"
+    if not has_exits(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        if joint:
+            heads, tuned = together(network, {}, network, learn, AFTER, PLAIN)
+            export_network(network, tuned.trees, folder, params=tuned.params)
+        else:
+            heads = trained(network, learn, AFTER, PLAIN).heads
+            export_network(network, {}, folder)
+        save(Exits(staged(reopened(folder), next(learn.batches(2))), AFTER, heads), folder)
     return load(folder, into=ResNet(WIDTHS)).exits
 
 
