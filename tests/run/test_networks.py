@@ -248,9 +248,9 @@ def test_language_model_for_torch(tiny_llama: Path, tmp_path: Path) -> None:
     assert found["target"] == "torch" and found["measured"]["float"]["kl_mean"] > 0
 
 
-def test_plan_for_torch_is_dry(tiny_gemma3: Path) -> None:
-    few, many = (plan(Job(str(tiny_gemma3), to=to, target="torch", effort="quick", data=("python-docs",)))
-                 for to in ("20%", "40%"))
+def test_plan_for_torch_is_dry(tiny_encoder: Path, tmp_path: Path) -> None:
+    few, many = (plan(encoder_job(tiny_encoder, tmp_path / "out", to=to)) for to in ("30%", "40%"))
+    assert not (tmp_path / "out").exists()
     assert few.predicted_kl > many.predicted_kl and few.predicted_bytes < many.predicted_bytes
 
 
