@@ -49,12 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     sst2.tables(parser)
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--remaining", type=float, nargs="*", default=REMAINING, help="share of weights left")
     given = parser.parse_args()
     found = sst2.Tables(given.data, given.work, given.epochs)
     ledger = Ledger(given.work / "pruning_in_training.json")
     results: dict[tuple[str, float], list[dict[str, float]]] = {}
     for seed in range(given.seeds):
-        for remaining in REMAINING:
+        for remaining in given.remaining:
             for method in METHODS:
                 key = fingerprint(method, remaining, seed, given.steps, given.epochs, EVERY,
                                   source_sha256(*SOURCES))
@@ -66,7 +67,7 @@ def main() -> None:
     whole = {name: sst2.accuracy(network, sst2.rows(network, getattr(found, name))) for name in JUDGES}
     write_page(PAGE, "Pruning during training",
                f"python benchmarks/pruning_in_training.py --epochs {given.epochs:g} --seeds {given.seeds} "
-               f"--steps {given.steps}",
+               f"--steps {given.steps} --remaining {' '.join(map(str, given.remaining))}",
                [said(given.seeds, given.steps), rows(results, whole), verdict(results)])
 
 
@@ -134,7 +135,7 @@ def rows(results: Mapping[tuple[str, float], list[dict[str, float]]], whole: Map
 def verdict(results: Mapping[tuple[str, float], list[dict[str, Any]]]) -> str:
     """What the papers claim, and whether it came out."""
     found = []
-    for remaining in REMAINING:
+    for remaining in dict.fromkeys(share for _, share in results):
         for better, worse in (("movement", "gradual"), ("gradual", "one-shot")):
             gains = [middle(results[better, remaining], name) - middle(results[worse, remaining], name)
                      for name in JUDGES]
