@@ -36,6 +36,17 @@ def rounded(weight: Tensor, bits: int = 4) -> Quantized:
     return Quantized.of(encode(weight, found), found)
 
 
+def test_what_it_goes_on_from_learns_as_a_fresh_one_does(weight: Tensor) -> None:
+    """The same product, its rows as long as those that training begins with elsewhere; zeros stay."""
+    up, down = weight[:, :4].clone(), 1000 * weight[:4]
+    up[:, 3], down[3] = 0, 0
+    node = Sum((rounded(weight), Product(Dense(up), Dense(down))))
+    soft, fresh = softened(node, LoRA(4)), softened(rounded(weight), LoRA(4))
+    torch.testing.assert_close(soft(), node.dense(), rtol=1e-4, atol=1e-3)
+    lengths = [part.get_parameter("down").norm(dim=1) for part in (soft, fresh)]
+    assert torch.allclose(lengths[0][:3], lengths[1][:3], rtol=0.2) and not bool(lengths[0][3])
+
+
 def test_it_starts_from_nothing_and_ends_as_a_sum(weight: Tensor) -> None:
     base = rounded(weight)
     soft = softened(base)

@@ -7,7 +7,8 @@ Only A and B train: a fraction of the memory for moments, and the result is a sm
 depend on the rank. The base may be anything: dense, pruned, or rounded to four bits (QLoRA). What comes out
 is ``Sum(base, Product(s B, A))``, which every later step understands; merging is ``cast``, and merging into
 few bits is rounding again with the sum as target. A sum that ends in a product already (a repair, LoftQ, an
-adapter that was trained before) goes on from there.
+adapter that was trained before) goes on from there, its rows of A brought to the length of fresh ones, which
+B makes up for: a repair's may be long, and a step of B would be as long in W'.
 
 Paper: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; Kalajdzievski 2023,
 "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", theorem 3.2; Dettmers et al. 2023, "QLoRA:
@@ -58,7 +59,9 @@ class LoRA:
         match leaf.node:
             case Sum(terms=(*base, Product(left=Dense(values=left), right=Dense(values=right)))) if base:
                 rest = base[0] if len(base) == 1 else Sum(tuple(base))
-                return _Adapted(rest, left.float() / scale, right.float(), scale)
+                length = right.float().norm(dim=1)
+                longer = torch.where(length > 0, length * math.sqrt(3), 1.0)  # than a fresh one
+                return _Adapted(rest, left.float() * longer / scale, right.float() / longer[:, None], scale)
         bound = 1 / math.sqrt(columns)
         down = (torch.rand(self.rank, columns, generator=generator) * 2 - 1) * bound
         return _Adapted(leaf.node, torch.zeros(rows, self.rank), down, scale)
