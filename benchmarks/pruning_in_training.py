@@ -49,16 +49,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     sst2.tables(parser)
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--remaining", type=float, nargs="*", default=REMAINING, help="share of weights left")
+    parser.add_argument("--finished", action="store_true", help="leave out rows that were not run before")
     given = parser.parse_args()
     found = sst2.Tables(given.data, given.work, given.epochs)
     ledger = Ledger(given.work / "pruning_in_training.json")
     results: dict[tuple[str, float], list[dict[str, float]]] = {}
     for seed in range(given.seeds):
-        for remaining in given.remaining:
+        for remaining in REMAINING:
             for method in METHODS:
                 key = fingerprint(method, remaining, seed, given.steps, given.epochs, EVERY,
                                   source_sha256(*SOURCES))
+                if ledger.get(key) is None and given.finished:
+                    continue
                 if ledger.get(key) is None:
                     ledger.put(key, run(method, remaining, seed, given.steps, found))
                     print(method, remaining, seed, ledger.get(key), flush=True)
@@ -67,7 +69,7 @@ def main() -> None:
     whole = {name: sst2.accuracy(network, sst2.rows(network, getattr(found, name))) for name in JUDGES}
     write_page(PAGE, "Pruning during training",
                f"python benchmarks/pruning_in_training.py --epochs {given.epochs:g} --seeds {given.seeds} "
-               f"--steps {given.steps} --remaining {' '.join(map(str, given.remaining))}",
+               f"--steps {given.steps}{' --finished' if given.finished else ''}",
                [said(given.seeds, given.steps), rows(results, whole), verdict(results)])
 
 
@@ -137,6 +139,8 @@ def verdict(results: Mapping[tuple[str, float], list[dict[str, Any]]]) -> str:
     found = []
     for remaining in dict.fromkeys(share for _, share in results):
         for better, worse in (("movement", "gradual"), ("gradual", "one-shot")):
+            if not {(better, remaining), (worse, remaining)} <= results.keys():
+                continue
             gains = [middle(results[better, remaining], name) - middle(results[worse, remaining], name)
                      for name in JUDGES]
             word = "beats" if min(gains) > 0 else "does not beat" if max(gains) <= 0 else "ties with"
