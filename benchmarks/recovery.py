@@ -200,7 +200,8 @@ def _settings(steps: int, rate: float) -> Any:
 
 def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
     head = (f"Gemma-3-270M with its channels relabelled, one thread, {steps} steps of {BATCH} windows of "
-            f"{LENGTH} tokens of WikiText-2's validation text. KL is on {JUDGED} windows of its test text.")
+            f"{LENGTH} tokens of WikiText-2's validation text. KL is on {JUDGED} windows of its test text. "
+            "Minutes are those of a machine with other work.")
     parts = [head]
     recoveries = [(name, f"{RECOVERIES[name]} and norms", f"{each['before']:.3f}", f"{each['after']:.3f}",
                    f"{1 - each['after'] / each['before']:.0%}", f"{each['seconds'] / 60:.1f}")
