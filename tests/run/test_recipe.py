@@ -13,6 +13,7 @@ from rarefy.run.effort import effort_named
 from rarefy.run.planning import (
     affordable,
     chain,
+    corrections,
     grid_named,
     sharings,
     structures,
@@ -109,7 +110,7 @@ def test_the_recipes_of_this_repository_can_be_read(path: Path, tmp_path: Path) 
     assert read_recipe(tmp_path / "again.yaml") == recipe
     whole, rest = split(recipe.steps)
     assert whole + rest == recipe.steps
-    known = {**techniques(), **transforms(), **structures(), **sharings(), **trainers()}
+    known = {**techniques(), **transforms(), **structures(), **sharings(), **trainers(), **corrections()}
     for step in recipe.steps:
         if step.technique != "tune":  # what trains has settings of its own
             assert set(step.settings) <= set(known[step.technique].__dataclass_fields__)

@@ -248,7 +248,7 @@ def test_what_is_left_is_exported(model: Model, tokens: torch.Tensor, tmp_path: 
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"units": "layers"}, "choose neurons, heads or queries"),
+    ({"units": "layers"}, "choose neurons, heads, queries"),
     ({"criterion": "wnda"}, "did you mean 'wanda'"),
     ({"ratio": 1.0}, "below 1"), ({"ratio": 0.0}, "above 0"), ({"multiple": 0}, "1 or more"),
     ({"spread": "even"}, "choose uniform or global"), ({"floor": 1.0}, "below 1"),
