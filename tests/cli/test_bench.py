@@ -54,6 +54,7 @@ def test_the_command(cli: Any, files: dict[str, Path]) -> None:
     assert [row["ratio"].keys() for row in json.loads(done.stdout)] == [{"1": 0, "8": 0}.keys()] * 2
 
 
+@pytest.mark.slow
 def test_against_the_model_it_was_made_of(cli: Any, tiny_gemma3: Path, tmp_path: Path) -> None:
     """The original is written for the same runtime, and PyTorch runs what it was opened from."""
     recipe = tmp_path / "recipe.yaml"

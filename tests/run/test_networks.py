@@ -234,6 +234,7 @@ def test_recipes_that_do_not_do(step: Step, error: type, match: str, tiny_cnn: D
 # ---- language models in PyTorch ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_language_model_for_torch(tiny_llama: Path, tmp_path: Path) -> None:
     result = compress(Job(str(tiny_llama), tmp_path / "out", to="35%", target="torch", effort="quick",
                           data=("python-docs",)), Silent())
