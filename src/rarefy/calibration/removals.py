@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rarefy.calibration.examples import Examples
 from rarefy.calibration.observe import BATCH, direction
+from rarefy.models.hooks import hooked
 from rarefy.models.narrowed import ChannelGroup
 from rarefy.models.network import Network
 
@@ -49,7 +50,6 @@ def removals(network: Network, groups: Sequence[ChannelGroup], examples: Example
 def work(network: Network, groups: Sequence[ChannelGroup], inputs: Mapping[str, Tensor]) -> dict[str, float]:
     """Multiplications of one sample that go with one channel of each group, by root."""
     places: dict[str, float] = {}
-    hooks = []
     modules = {name: part for name, part in network.module.named_modules()
                if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d)}
 
@@ -59,13 +59,8 @@ def work(network: Network, groups: Sequence[ChannelGroup], inputs: Mapping[str, 
             places[name] = places.get(name, 0.0) + out.numel() / width / len(out)
         return call
 
-    try:
-        for name, part in modules.items():
-            hooks.append(part.register_forward_hook(hook(name)))
+    with hooked((part, hook(name)) for name, part in modules.items()):
         network.run(inputs)
-    finally:
-        for each in hooks:
-            each.remove()
     found = {}
     for group in groups:
         total = 0.0
@@ -89,7 +84,6 @@ def _entering(network: Network, groups: Sequence[ChannelGroup]) -> Any:
     """While this lasts, what enters the readers of every group is caught as (group, place, input)."""
     caught: list[tuple[ChannelGroup, Any, Tensor]] = []
     anchor = torch.zeros((), requires_grad=True)
-    hooks = []
     modules = dict(network.module.named_modules())
 
     def hook(group: ChannelGroup, place: Any) -> Any:
@@ -99,12 +93,6 @@ def _entering(network: Network, groups: Sequence[ChannelGroup]) -> Any:
             return (x, *args[1:])
         return call
 
-    try:
-        for group in groups:
-            for place in group.readers:
-                part = modules[place.path.removesuffix(".weight")]
-                hooks.append(part.register_forward_pre_hook(hook(group, place)))
+    with hooked(before=[(modules[place.path.removesuffix(".weight")], hook(group, place))
+                        for group in groups for place in group.readers]):
         yield caught
-    finally:
-        for each in hooks:
-            each.remove()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from rarefy.models.hooks import hooked
 from rarefy.models.network import Network
 
 
@@ -19,20 +20,15 @@ class Count:
 @contextmanager
 def counting(module: nn.Module) -> Iterator[Count]:
     """Counts while this lasts, layer by layer as they are called."""
-    count, hooks = Count(), []
+    count = Count()
 
     def called(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         weight = part.get_parameter("weight")
         count.total += out.numel() / len(out) / weight.shape[0] * weight.numel()
 
-    try:
-        for part in module.modules():
-            if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d):
-                hooks.append(part.register_forward_hook(called))
+    with hooked((part, called) for part in module.modules()
+                if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d)):
         yield count
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 def multiplications(network: Network, inputs: Mapping[str, Tensor]) -> float:

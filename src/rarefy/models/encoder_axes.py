@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rarefy.core.axes import Change
 from rarefy.models.axes import Coupling, Member, alterations
+from rarefy.models.hooks import hooked
 from rarefy.models.map import Site
 from rarefy.models.network import Network
 from rarefy.numerics.hadamard import orthogonal_rotation
@@ -60,14 +61,9 @@ def _norms(network: Network, inputs: Mapping[str, Tensor]) -> Iterator[Coupling]
         made[id(y)] = name
         kept.append(y)
 
-    hooks = [part.register_forward_hook(lambda part, args, y, name=name: gave(name, y))
-             for name, part in norms.items()]
-    try:
-        with network.watched(network.map.by_path, read):
-            network.run(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    behind = [(part, lambda part, args, y, name=name: gave(name, y)) for name, part in norms.items()]
+    with hooked(behind), network.watched(network.map.by_path, read):
+        network.run(inputs)
     for name, sites in readers.items():
         width = norms[name].get_parameter("weight").shape[0]
         every = torch.arange(width)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core.errors import ModelError
+from rarefy.models.hooks import hooked
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -76,14 +77,10 @@ def _followed(module: nn.Module, example: tuple[Tensor, ...]) -> tuple[dict[nn.M
         calls[part] = calls.get(part, 0) + 1
         before[part] = None if found is None else found[0]
 
-    hooks = [part.register_forward_hook(layer_hook) for part in module.modules() if isinstance(part, Layer)]
-    norms = [part for part in module.modules() if isinstance(part, Norm)]
-    hooks += [part.register_forward_pre_hook(norm_hook) for part in norms]
-    try:
+    layers = [(part, layer_hook) for part in module.modules() if isinstance(part, Layer)]
+    norms = [(part, norm_hook) for part in module.modules() if isinstance(part, Norm)]
+    with hooked(layers, norms):
         answer = _answer(module, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
     once = {part for part, count in calls.items() if count == 1}
     return {norm: layer for norm, layer in before.items()
             if layer is not None and layer in once and norm in once}, answer

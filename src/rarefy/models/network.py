@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from rarefy.core.errors import ModelError, did_you_mean
 from rarefy.core.nodes import Node, Shared
 from rarefy.models.form import Form
+from rarefy.models.hooks import hooked
 from rarefy.models.map import Map, Param, Site
 from rarefy.models.recurrent import class_name, unrolled
 from rarefy.models.runner import Override
@@ -165,16 +166,9 @@ class Network:
 
         What it returns, if anything, takes the place of the output.
         """
-        hooks = []
-        try:
-            for path, site in sites.items():
-                for user in self._users[path]:
-                    hooks.append(user.register_forward_hook(
-                        lambda module, inputs, output, site=site: watch(site, module, inputs[0], output)))
+        with hooked((user, lambda module, inputs, output, site=site: watch(site, module, inputs[0], output))
+                    for path, site in sites.items() for user in self._users[path]):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def users(self, path: str) -> tuple[nn.Module, ...]:
         """The modules that use the weight of a site."""

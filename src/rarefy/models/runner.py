@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from rarefy.core.errors import ModelError
 from rarefy.core.nodes import Node
+from rarefy.models.hooks import hooked
 from rarefy.models.model import Model, skeleton
 
 Override = Callable[[str], "Tensor | Node | None"]
@@ -191,18 +192,14 @@ class Runner:
     @contextmanager
     def _observed(self, index: int, observe: Observer | None) -> Iterator[None]:
         """Temporary hooks on the matrices of a block; none is left behind."""
-        hooks = []
-        try:
-            if observe is not None:
-                prefix = f"{self.model.map.family.blocks}.{index}."
-                for site in self.model.map.in_block(index):
-                    name = site.path.removeprefix(prefix).removesuffix(".weight")
-                    module = self._layers[index].get_submodule(name)
-                    hooks.append(module.register_forward_hook(_hook(observe, site.path)))
+        if observe is None:
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+            return
+        block, prefix = self._layers[index], f"{self.model.map.family.blocks}.{index}."
+        names = {site.path: site.path.removeprefix(prefix).removesuffix(".weight")
+                 for site in self.model.map.in_block(index)}
+        with hooked((block.get_submodule(name), _hook(observe, path)) for path, name in names.items()):
+            yield
 
 
 class _Recorder(nn.Module):

@@ -7,10 +7,10 @@ not count. Networks that are no language models: those have normalizations witho
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from rarefy.core.nodes import Node
 from rarefy.core.nouns import Receipt
 from rarefy.measure.task import divergences
 from rarefy.models.form import MASK
+from rarefy.models.hooks import hooked
 from rarefy.models.network import Network
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -45,12 +46,14 @@ def corrected(original: Network, network: Network, trees: Mapping[str, Node], te
     Modules that ``original`` does not have, or has with another width, stay as they are; RecipeError where
     no bias is left.
     """
-    places = {path: module for path, module in biased(network).items() if _alike(original, path, module)}
+    others = biased(original)
+    places = {path: module for path, module in biased(network).items()
+              if path in others and others[path].bias.shape == module.bias.shape}
     if not places:
         raise RecipeError(f"{name}: {network.name} has no bias that the original has, too; take the step out")
     examples = examples.by_length()
     started, order = time.perf_counter(), _order(network, places, examples)
-    wanted = _means(original, {path: biased(original)[path] for path in order}, examples, {})
+    wanted = _means(original, {path: others[path] for path in order}, examples, {})
     tensors, params, receipts = network.tensors(trees.get), dict[str, Tensor](), []
     for path in order:
         bias = network.param(path)
@@ -74,16 +77,15 @@ def biased(network: Network) -> dict[str, nn.Module]:
     return found
 
 
-def _alike(original: Network, path: str, module: nn.Module) -> bool:
-    other = biased(original).get(path)
-    return other is not None and other.bias.shape == module.bias.shape
-
-
 def _order(network: Network, places: Mapping[str, nn.Module], examples: Examples) -> list[str]:
     """The biases to correct, in the order in which one sample meets them: of normalizations, where several
     layers come together, and of the layers behind the last one."""
     met: dict[str, nn.Module] = {}
-    with _heard(places, lambda path, module, output: met.setdefault(path, module)):
+
+    def meet(path: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        met.setdefault(path, module)
+
+    with hooked((module, partial(meet, path)) for path, module in places.items()):
         network.run(next(examples.batches(1)))
     last = max((place for place, module in enumerate(met.values()) if isinstance(module, NORMS)), default=-1)
     return [path for place, (path, module) in enumerate(met.items())
@@ -96,12 +98,12 @@ def _means(network: Network, places: Mapping[str, nn.Module], examples: Examples
     sums, counts = dict[str, Tensor](), dict.fromkeys(places, 0)
     mask: Tensor | None = None
 
-    def add(path: str, module: nn.Module, output: Tensor) -> None:
+    def add(path: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         rows = positions(_channels_last(module, output), mask)
         sums[path] = sums.get(path, 0.0) + rows.sum(0, dtype=torch.float64)
         counts[path] += len(rows)
 
-    with _heard(places, add):
+    with hooked((module, partial(add, path)) for path, module in places.items()):
         for batch in examples.batches(BATCH):
             mask = batch.get(MASK)
             network.run(batch, tensors)
@@ -114,23 +116,6 @@ def _distance(original: Network, network: Network, tensors: Mapping[str, Tensor]
     parts = [divergences(original.run(batch), network.run(batch, tensors), network.form)
              for batch in examples.batches(BATCH)]
     return float(torch.cat(parts).mean())
-
-
-@contextmanager
-def _heard(places: Mapping[str, nn.Module], hear: Callable[[str, nn.Module, Tensor], object]
-           ) -> Iterator[None]:
-    """While this lasts, ``hear`` is told what every module puts out."""
-    hooks = [module.register_forward_hook(partial(_tell, hear, path)) for path, module in places.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _tell(hear: Callable[[str, nn.Module, Tensor], object], path: str, module: nn.Module, inputs: object,
-          output: Tensor) -> None:
-    hear(path, module, output)
 
 
 def _channels_last(module: nn.Module, output: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from rarefy.core.nouns import Evidence, Receipt, Recipe
 from rarefy.core.structure import Channels, Narrowing, Passage, Shortening, Thinning, Trimming, UnitGroup
 from rarefy.measure.task import Judge
 from rarefy.measure.work import multiplications
+from rarefy.models.hooks import hooked
 from rarefy.models.narrowed import (
     ChannelGroup,
     channel_groups,
@@ -269,13 +270,9 @@ def _passages(network: Network, examples: Examples) -> tuple[Passage, ...]:
     turned, count = torch.zeros(total), 0
     for inputs in examples.batches(BATCH):
         pairs: list[tuple[Tensor, Tensor]] = []
-        hooks = [part.register_forward_hook(lambda part, args, out, pairs=pairs: pairs.append(
-            (args[0], out[0] if isinstance(out, tuple) else out))) for part in lists[0]]
-        try:
+        with hooked((part, lambda part, args, out, pairs=pairs: pairs.append(
+                (args[0], out[0] if isinstance(out, tuple) else out))) for part in lists[0]):
             network.run(inputs)
-        finally:
-            for each in hooks:
-                each.remove()
         mask = inputs.get("attention_mask")
         real = torch.ones(pairs[0][0].shape[:2]).bool() if mask is None else mask.bool()
         for block, (before, after) in enumerate(pairs):

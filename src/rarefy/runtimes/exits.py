@@ -40,6 +40,7 @@ from rarefy.export.networks import EXITS, native_folder, opened, stored_trees
 from rarefy.formats.native import TREE
 from rarefy.measure.latency import Clock
 from rarefy.models.form import MASK
+from rarefy.models.hooks import hooked
 from rarefy.models.network import TENSOR, Network, call
 from rarefy.runtimes.segments import Behind, Cut, Segments
 from rarefy.runtimes.torch import attach
@@ -162,12 +163,8 @@ class Stepped:
         def look(part: nn.Module, args: Any, out: Any) -> None:
             states.append(out[0] if isinstance(out, tuple) else out)
 
-        hooks = [block.register_forward_hook(look) for block in dict.fromkeys(self.blocks)]
-        try:
+        with hooked((block, look) for block in dict.fromkeys(self.blocks)):
             answer = self.network.form.answer(student(inputs), inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return answer, [features(states[block], inputs.get(MASK)) for block in after]
 
     def units(self, numbers: int) -> int:

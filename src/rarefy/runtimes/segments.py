@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from rarefy.core.errors import ModelError
 from rarefy.measure.work import counting
+from rarefy.models.hooks import hooked
 from rarefy.models.network import Network, call
 
 GRIDS = (4, 2)  # cells by cells of which a head may read, else all places as one
@@ -108,8 +109,6 @@ class Segments:
 
     @contextmanager
     def _watched(self, after: Sequence[int], behind: Behind) -> Iterator[None]:
-        hooks = []
-
         def hook(place: int) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
             def leave(part: nn.Module, args: Any, state: Tensor) -> Tensor | None:
                 stay = behind(place, places_read(state))
@@ -118,13 +117,8 @@ class Segments:
                 return None if stay is None else state[stay]
             return leave
 
-        try:
-            for place, block in enumerate(after):
-                hooks.append(self.blocks[block].register_forward_hook(hook(place)))
+        with hooked((self.blocks[block], hook(place)) for place, block in enumerate(after)):
             yield
-        finally:
-            for each in hooks:
-                each.remove()
 
 
 def places_read(state: Float[Tensor, "samples channels *places"]) -> Float[Tensor, "samples numbers"]:
@@ -186,7 +180,7 @@ class _Seen:
 def _candidates(network: Network, inputs: Mapping[str, Tensor]) -> list[Cut]:
     """The last module behind every layer where one tensor carries everything; layers must follow."""
     inputs = {name: values[:2].clone() for name, values in inputs.items()}
-    watch, calls, seen, hooks = _Watch(inputs), Counter[str](), list[_Seen](), []
+    watch, calls, seen = _Watch(inputs), Counter[str](), list[_Seen]()
     count = len(next(iter(inputs.values())))
     allowed = {2, 4} | {3 for part in network.module.modules() if isinstance(part, nn.Conv1d)}
     with counting(network.module) as work:
@@ -198,15 +192,8 @@ def _candidates(network: Network, inputs: Mapping[str, Tensor]) -> list[Cut]:
                     seen.append(_Seen(name, id(out), watch.clock, work.total))
             return look
 
-        try:
-            for name, part in network.module.named_modules():
-                if name:
-                    hooks.append(part.register_forward_hook(hook(name)))
-            with watch:
-                network.run(inputs)
-        finally:
-            for each in hooks:
-                each.remove()
+        with hooked((part, hook(name)) for name, part in network.module.named_modules() if name), watch:
+            network.run(inputs)
         total = work.total
     last = {each.work: each for each in seen if 0 < each.work < total and calls[each.module] == 1
             and each.state in watch.born and watch.carries_all(each.state, each.clock)}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rarefy.core.errors import DataError, RecipeError, did_you_mean
 from rarefy.core.latent import passed
+from rarefy.models.hooks import hooked
 from rarefy.numerics.ranges import Range
 
 
@@ -81,14 +82,8 @@ class Activations(nn.Module):
         for name in self.layers:
             if name not in parts:
                 raise RecipeError(f"{name}: no such layer{did_you_mean(name, list(parts))}")
-        hooks = []
-        try:
-            for index, name in enumerate(self.layers):
-                hooks.append(parts[name].register_forward_pre_hook(self._hook(index)))
+        with hooked(before=[(parts[name], self._hook(index)) for index, name in enumerate(self.layers)]):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def settled(self) -> bool:
         """Whether rounding has begun: what a gate likes before is another network."""

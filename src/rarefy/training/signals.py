@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rarefy.core.errors import RecipeError
 from rarefy.core.signals import Objective, Signals, Top
+from rarefy.models.hooks import hooked
 from rarefy.models.map import Map
 from rarefy.models.model import Model
 from rarefy.training.examples import IGNORED, LABELS, MASK
@@ -159,15 +160,10 @@ def _projections(map_: Map, needs: frozenset[str], name: str) -> dict[str, tuple
 def _caught(module: nn.Module, wanted: Mapping[str, tuple[str, ...]]) -> Iterator[dict[str, Tensor]]:
     """While this lasts, the outputs of some submodules are caught."""
     caught: dict[str, Tensor] = {}
-    hooks = []
-    try:
-        for path in (path for paths in wanted.values() for path in paths):
-            hooks.append(module.get_submodule(path).register_forward_hook(
-                lambda part, inputs, output, path=path: caught.__setitem__(path, output)))
+    with hooked((module.get_submodule(path),
+                 lambda part, inputs, output, path=path: caught.__setitem__(path, output))
+                for paths in wanted.values() for path in paths):
         yield caught
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _caller(module: nn.Module) -> Callable[..., Any]:
