@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from rarefy.core.errors import TargetError, did_you_mean
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
 from rarefy.core.nouns import Target
-from rarefy.export.fusing import fuse
+from rarefy.export.fusing import keep_apart
 from rarefy.export.program import Program, Values, activation_ranges, activation_samples, trace
 from rarefy.formats.integers import integers
 from rarefy.formats.onnx import (
@@ -281,7 +281,8 @@ class _Reading:
 
     def __init__(self, program: Program) -> None:
         self.program, graph = program, program.proto.graph
-        self.named = {node.name for node in program.exported.graph.nodes}
+        self.values = {node.name: node.meta.get("val") for node in program.exported.graph.nodes}
+        self.named = set(self.values)
         self.initial = {each.name: each for each in graph.initializer}
         self.makers = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[Any]] = defaultdict(list)
@@ -325,6 +326,11 @@ class _Reading:
             follower = next((each for each in self.readers[name] if each.op_type == "Add"), node)
             name = follower.output[0]
         return str(name)
+
+    def rows(self, name: str) -> str:
+        """The shape of a value but for its last axis, as the program knows it."""
+        value = self.values.get(name)
+        return name if value is None else str(tuple(value.shape[:-1]))
 
     def activations(self, node: Any) -> set[str]:
         """What flows through ``node``: neither stored numbers nor shapes computed from nothing else."""
@@ -377,7 +383,7 @@ class _Writer:
         for name, value in answers.items():
             self.graph.add("Identity", self._read(value, chained=True), name=name)
         if self.graph.contrib:
-            fuse(self.graph, self.reading.initial, set(answers))
+            keep_apart(self.graph, self.reading.initial)
         self._keep_needed(source, set(answers))
         inputs = [_called(each, self.program.inputs.get(each.name, each.name)) for each in source.input]
         outputs = [_called(each, name) for each, name in zip(source.output, answers, strict=False)]
@@ -418,6 +424,7 @@ class _Writer:
         if integer and self.settings.compute == "static":
             x = self._round(used.reads)
         compute: Compute = self.settings.compute if integer else "float"
+        self.graph.alike[x] = self.reading.rows(used.reads)
         done = linear(self.graph, x, self.trees[used.path], used.path, compute,
                       self.rows.get(used.reads, ROWS))
         if used.bias:

@@ -52,7 +52,7 @@ class Graph:
     contrib: written for ONNX Runtime, with operators that only it has; else for OpenVINO, whose patterns of
     compressed weights are met (and which gets shifts of bytes wrong). accuracy: of ``MatMulNBits`` (0:
     float32; 4: it may round activations to 8 bits, which is faster). notes: what went over larger than it is
-    stored.
+    stored. alike: a word that values share which have as many rows as each other.
     """
 
     contrib: bool = True
@@ -61,6 +61,7 @@ class Graph:
     constants: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     made: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    alike: dict[str, str] = field(default_factory=dict)
 
     def add(self, op: str, *inputs: str, name: str = "", domain: str = "", outputs: int = 1,
             **attributes: Any) -> str:
@@ -296,7 +297,7 @@ def _dynamic_linear(graph: Graph, x: str, node: Node, name: str, rows: Rows) -> 
     onnx = onnx_package()
     rounded = graph.made.get((x, "rounded"))
     if rounded is None:  # q, k and v round their input once
-        rounded = graph.made[(x, "rounded")] = _rounded_rows(graph, x, rows)
+        rounded = graph.made[(x, "rounded")] = _rounded_rows(graph, x, node.shape[1], rows)
     codes, scale = _eight_bits(graph, node, name, rows)
     zero = graph.constant(f"rarefy.middle{rows.middle}", np.array(rows.middle, np.uint8))
     if graph.contrib:
@@ -308,9 +309,9 @@ def _dynamic_linear(graph: Graph, x: str, node: Node, name: str, rows: Rows) -> 
     return graph.add("Mul", product, rounded[1])
 
 
-def _rounded_rows(graph: Graph, x: str, rows: Rows) -> tuple[str, str]:
-    """Codes of ``x`` [.., in] and the scale of each row [.., 1]."""
-    last, middle = graph.constant("rarefy.last", [-1]), rows.middle
+def _rounded_rows(graph: Graph, x: str, channels: int, rows: Rows) -> tuple[str, str]:
+    """Codes of ``x`` [.., channels] and the scale of each row [.., 1], which is one block of channels."""
+    last, middle, alike = graph.constant("rarefy.last", [-1]), rows.middle, graph.alike.get(x, x)
     if rows.factors is not None:
         x = graph.add("Mul", x, graph.constant(f"{x}.factors", 1 / rows.factors))
     ends = []
@@ -318,11 +319,12 @@ def _rounded_rows(graph: Graph, x: str, rows: Rows) -> tuple[str, str]:
         share = graph.constant(f"rarefy.{op}{middle}", np.array(step, np.float32))
         ends.append(graph.add("Mul", graph.add(op, x, last), share))
     scale = graph.add("Max", *ends, graph.constant("rarefy.least", np.array(SMALLEST, np.float32)))
-    steps = graph.add("Reshape", scale, last)
-    zero = graph.constant(f"rarefy.middle{middle}", np.array(middle, np.uint8))
-    zeros = graph.add("Expand", zero, graph.add("Shape", steps))
-    codes = graph.add("QuantizeLinear", graph.add("Flatten", x, axis=-1), steps, zeros, axis=0)
-    return graph.add("Reshape", codes, graph.add("Shape", x)), scale
+    zeros = graph.made.get((alike, f"middle{middle}"))
+    if zeros is None:  # the code of zero, once for every row, is the same for all values of a shape
+        zero = graph.constant(f"rarefy.middle{middle}", np.array(middle, np.uint8))
+        zeros = (graph.add("Expand", zero, graph.add("Shape", scale)),)
+        graph.made[(alike, f"middle{middle}")] = zeros
+    return graph.add("QuantizeLinear", x, scale, zeros[0], axis=-1, block_size=channels), scale
 
 
 def _eight_bits(graph: Graph, node: Node, name: str, rows: Rows) -> tuple[str, str]:
