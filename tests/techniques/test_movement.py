@@ -19,7 +19,7 @@ def test_scores_gather_movement() -> None:
     """Sanh et al. 2020, section 4: S(T) = - rate * sum over t < T of (dL/dW') W, dropped weights included."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(6, 8, generator=generator)
-    soft = softened(Dense(w), Movement(0.5, begin=0.0, end=0.5))
+    soft = softened(Dense(w), Movement(0.5, begin=0.0, end=0.5, prior=0.0))
     literal, rate = torch.zeros(6, 8), 0.1
     optimizer = torch.optim.SGD([{"params": [soft.scores], "lr": rate},
                                  {"params": [soft.latent], "lr": 0.01}])
@@ -44,7 +44,7 @@ def test_scores_gather_movement() -> None:
 def test_a_tile_has_one_score() -> None:
     """Lagunas et al. 2021: the gradients of a tile are summed, and it goes whole."""
     w = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-    soft = softened(Dense(w), Movement(0.5, "block 4x2", begin=0.0, end=0.5))
+    soft = softened(Dense(w), Movement(0.5, "block 4x2", begin=0.0, end=0.5, prior=0.0))
     pull = torch.randn(8, 8)
     (soft() * pull).sum().backward()
     torch.testing.assert_close(soft.scores.grad, (pull * w).view(2, 4, 4, 2).sum((1, 3)))
@@ -63,6 +63,21 @@ def test_whole_rows_go() -> None:
         heads = done.trees[path].dense().view(8, -1)
         assert int((heads == 0).all(1).sum()) == 4
     assert done.correct() > 0.85
+
+
+def test_magnitude_has_the_first_word() -> None:
+    """Before anything has moved the mask is that of the magnitudes, of tiles too, and a prior of 2 says it
+    twice as loud."""
+    w = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    for pattern, sizes in (("unstructured", w.abs()),
+                           ("block 4x2", w.abs().view(2, 4, 4, 2).mean((1, 3)))):
+        soft = softened(Dense(w), Movement(0.5, pattern, begin=0.0, end=0.5))
+        loud = softened(Dense(w), Movement(0.5, pattern, begin=0.0, end=0.5, prior=2.0))
+        torch.testing.assert_close(soft.scores.detach(), sizes / w.square().mean().sqrt())
+        torch.testing.assert_close(loud.scores.detach(), 2 * soft.scores.detach())
+        soft.update(10, 20)
+        kept = soft.kept if pattern == "unstructured" else soft.kept.view(2, 4, 4, 2)[:, 0, :, 0]
+        assert torch.equal(kept, sizes > sizes.flatten().median())
 
 
 def test_soft_movement_finds_the_share() -> None:
@@ -114,6 +129,7 @@ def test_n_of_m() -> None:
     ({"strength": 1.0, "sparsity": 0.5}, "finds the sparsity itself; leave out sparsity"),
     ({"strength": 1.0, "pattern": "2:4"}, "leave out the pattern"),
     ({"strength": -1.0}, "must not be negative"),
+    ({"prior": -1.0}, "prior must not be negative"),
     ({"threshold": 0.5}, "threshold between 0 and 0.5"), ({"pace": 0.0}, "pace positive"),
     ({"sparsity": 95.0}, r"did you mean 0\.95")])
 def test_settings_that_mean_nothing_are_refused(settings: dict, match: str) -> None:
