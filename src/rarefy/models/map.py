@@ -35,6 +35,11 @@ class Site:
     transposed: bool = False
     kernel: tuple[int, ...] = ()
 
+    @property
+    def layer(self) -> str:
+        """The module that holds it, by name."""
+        return self.path.removesuffix("weight").removesuffix(".")
+
     def matrix(self, values: Tensor) -> Tensor:
         """The weight as a matrix [out, in], from how the file holds it."""
         return values.T if self.transposed else values.flatten(1) if self.kernel else values

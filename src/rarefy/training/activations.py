@@ -94,7 +94,7 @@ class Activations(nn.Module):
         never = [name for name, seen in zip(self.layers, self.seen.tolist(), strict=True) if not seen]
         if never:
             raise DataError(f"{never[0]}: has seen no input; run the network in training mode first")
-        return {name: Range(low, high) for name, low, high in
+        return {name: Range(low, high, self.bits) for name, low, high in
                 zip(self.layers, self.low.tolist(), self.high.tolist(), strict=True)}
 
     def rounded(self, index: int, x: Tensor) -> Tensor:

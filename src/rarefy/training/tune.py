@@ -145,9 +145,8 @@ def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, se
 def _layers(network: Trainable, module: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """The layers that multiply with a site that matches, in the network's order."""
     parts, chosen = dict(module.named_modules()), _chosen(network.map.sites, patterns)
-    names = [site.path.removesuffix("weight").removesuffix(".") for site in network.map.sites
-             if site.path in chosen]
-    return tuple(name for name in names if not isinstance(parts[name], nn.Embedding))
+    return tuple(site.layer for site in network.map.sites
+                 if site.path in chosen and not isinstance(parts[site.layer], nn.Embedding))
 
 
 def _follow(part: Following, path: str, network: Trainable, softs: Mapping[str, tuple[Site, Soft]]) -> None:
