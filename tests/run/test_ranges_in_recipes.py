@@ -11,11 +11,17 @@ import pytest
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+from rarefy.core.errors import ModelError
 from rarefy.core.nouns import Recipe, Step
-from rarefy.export.networks import opened
+from rarefy.export.networks import export_network, load, opened
+from rarefy.export.onnx import GRIDS
 from rarefy.models.network import Network
+from rarefy.models.opening import open_any
+from rarefy.numerics.ranges import Range
 from rarefy.run.job import Job, Result, compress
 from rarefy.run.progress import Silent
+from rarefy.run.resolve import subject_of
+from small_networks import rounded
 from tiny_networks import Digits, TinyCNN
 
 FEW: dict[str, Any] = {"steps": 40, "batch": 64, "rate": 1e-3, "precision": "float32"}
@@ -28,16 +34,16 @@ def images(tiny_cnn: Digits, tmp_path: Path) -> Path:
     return place
 
 
-def rounding(bits: int, **more: Any) -> Step:
+def rounding(bits: int) -> Step:
     return Step("qat", format="int8", training={**FEW, "objectives": ["soft_labels", "hard_labels"],
-                                                "activations": {"bits": bits, "memory": 0.9}, **more})
+                                                "activations": {"bits": bits, "memory": 0.9}})
 
 
-def done(tiny_cnn: Digits, images: Path, out: Path, *steps: Step, target: str, **more: Any) -> Result:
+def done(tiny_cnn: Digits, images: Path, out: Path, *steps: Step, target: str) -> Result:
     unseen = tuple(values[:200] for values in tiny_cnn.test)
     recipe = Recipe("cnn", steps, target, "quick", data=(str(images),))
     return compress(Job(Network.from_module(tiny_cnn.module), out, target=target, effort="quick",
-                        data=(str(images),), eval_data=(unseen,), recipe=recipe, **more), Silent())
+                        data=(str(images),), eval_data=(unseen,), recipe=recipe), Silent())
 
 
 def test_integers_alone(tiny_cnn: Digits, images: Path, tmp_path: Path) -> None:
@@ -87,6 +93,24 @@ def test_a_native_folder_hands_them_on(tiny_cnn: Digits, images: Path, tmp_path:
     again = compress(Job(network, tmp_path / "integers", to="100%", target="integer", effort="quick",
                          data=(str(images),), eval_data=(tuple(v[:200] for v in tiny_cnn.test),)), Silent())
     assert again.receipt["measured"]["runtime"]["ranges"] == {"trained": 5, "calibrated": 0}
+
+
+def test_jobs_begin_with_a_native_folder(tiny_encoder: Path, tmp_path: Path) -> None:
+    """With its ranges; where its weights are codes, only if asked."""
+    network = open_any(tiny_encoder)
+    assert isinstance(network, Network)
+    site = next(site for site in network.map.sites if site.role == "up")
+    trained = network.with_ranges({site.layer: Range(-1.0, 2.0, 4)})
+    export_network(trained, {}, tmp_path / "plain")
+    back = subject_of(tmp_path / "plain").opened
+    assert isinstance(back, Network) and back.ranges == trained.ranges
+    tree = rounded(network.weight(site.path), GRIDS["int8"])
+    export_network(trained, {site.path: tree}, tmp_path / "codes")
+    with pytest.raises(ModelError, match=r"already compressed \(1 weights, .*intermediate"):
+        subject_of(tmp_path / "codes")
+    assert subject_of(tmp_path / "codes", dequantize=True).opened.ranges == trained.ranges
+    with pytest.warns(UserWarning, match="inputs of 1 layers in ranges that PyTorch does not use"):
+        load(tmp_path / "plain")
 
 
 @pytest.mark.filterwarnings("default")

@@ -12,6 +12,7 @@ user passes: code does not travel with weights.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -92,10 +93,19 @@ def live(model: Model | Network, dtype: torch.dtype = torch.float32) -> Any:
 def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """A network, ready to run, with the weights that ``ref`` stands for; arguments as for ``opened``."""
     model = opened(ref, into)
+    tell_unrounded(model)
     network: Any = live(model, dtype)
     if isinstance(model.source, TreeSource):
         tied(network, model.source.trees)
     return rolled(network)
+
+
+def tell_unrounded(model: Model | Network, where: str = "PyTorch") -> None:
+    """Warn that what training rounded is computed otherwise."""
+    if isinstance(model, Network) and model.ranges:
+        warnings.warn(f"{model.name}: training rounded the inputs of {len(model.ranges)} layers in ranges "
+                      f"that {where} does not use; rarefy compress of the same folder hands them on to --for "
+                      "integer, onnxruntime or openvino", stacklevel=1)
 
 
 def stored_trees(model: Model | Network) -> dict[str, Node]:
