@@ -95,11 +95,12 @@ def after(network: Network, method: str, bits: int, digits: Digits, seed: int) -
         weight = network.weight(site.path)
         trees[site.path], _ = edit(site.path, Dense(weight), weight, technique, method, evidence[site.path],
                                    torch.Generator().manual_seed(seed), site.kernel)
-    seen, tensors = Activations(layers(network), bits, delay=CALIBRATED), network.tensors(trees.get)
+    layers = [site.layer for site in network.map.sites]  # all of their inputs are rounded, the image's too
+    seen, tensors = Activations(layers, bits, delay=CALIBRATED), network.tensors(trees.get)
     with seen.on(network.module), torch.no_grad():
         for batch in images.split(64):
             network.run({"0": batch}, tensors)
-    return error(network, tensors, digits, seen)
+    return error(network.with_ranges(seen.ranges()), tensors, digits)
 
 
 def during(network: Network, method: str, bits: int, digits: Digits, seed: int) -> float:
@@ -110,27 +111,15 @@ def during(network: Network, method: str, bits: int, digits: Digits, seed: int) 
     settings = Settings(epochs=EPOCHS["rounded"], batch=64, rate=1e-3, schedule="linear", seed=seed)
     objective = Distillation(network, network, ((1.0, HardLabels()), (1.0, SoftLabels())))
     tuned = tune(network, {}, tuning, objective, digits.train, settings)
-    seen = Activations(layers(network), bits)
-    for name, values in (("low", seen.low), ("high", seen.high)):
-        values.copy_(torch.tensor([getattr(tuned.ranges[layer], name) for layer in layers(network)]))
-    return error(network, network.tensors(tuned.trees.get) | tuned.params, digits, seen)
-
-
-def layers(network: Network) -> list[str]:
-    """Every layer with a weight: all of their inputs are rounded, the image's too."""
-    return [site.path.removesuffix(".weight") for site in network.map.sites]
+    return error(network.with_ranges(tuned.ranges), network.tensors(tuned.trees.get) | tuned.params, digits)
 
 
 @torch.no_grad()
-def error(network: Network, tensors: Mapping[str, Tensor], digits: Digits, seen: Activations | None = None
-          ) -> float:
-    """The share of test images that are read wrongly, with inputs rounded in the ranges that were seen."""
+def error(network: Network, tensors: Mapping[str, Tensor], digits: Digits) -> float:
+    """The share of test images that are read wrongly, inputs rounded in the network's ranges."""
     held = digits.test.tensors
-    if seen is None:
+    with network.as_trained():
         answers = network.run({"0": held["0"]}, tensors)
-    else:
-        with seen.eval().on(network.module):
-            answers = network.run({"0": held["0"]}, tensors)
     return float((answers.argmax(1) != held["labels"]).float().mean())
 
 

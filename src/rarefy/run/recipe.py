@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -170,13 +169,11 @@ def matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
     """The sites that any pattern matches; RecipeError for a pattern that matches none."""
     chosen: dict[str, Site] = {}
     for pattern in patterns:
-        if pattern.startswith("role:"):
-            found = [site for site in sites if site.role == pattern.removeprefix("role:")]
-            known = sorted({f"role:{site.role}" for site in sites})
-        else:
-            found = [site for site in sites if fnmatchcase(site.path, pattern)]
-            known = [site.path for site in sites]
+        found = [site for site in sites if site.matches(pattern)]
         if not found:
+            known = [site.path for site in sites]
+            if pattern.startswith("role:"):
+                known = sorted({f"role:{site.role}" for site in sites})
             raise RecipeError(f"pattern {pattern!r} matches no weight{did_you_mean(pattern, known)}")
         chosen |= {site.path: site for site in found}
     return list(chosen.values())

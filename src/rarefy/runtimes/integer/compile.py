@@ -69,7 +69,7 @@ def compiled(program: Program, trees: Mapping[str, Node], calibration: Sequence[
 
     trees: 8-bit symmetric codes with one scale a row for every site that ``multiplied`` names. calibration,
     method: as for static 8-bit activations. ranges: of the inputs of layers, by the layer's name, where
-    training found them (``Activations.ranges``). erf: the polynomial of GELU. TargetError names the operator
+    training found them (``Tuned.ranges``). erf: the polynomial of GELU. TargetError names the operator
     or the weight that has no integer form.
     """
     for path in multiplied(program):
@@ -107,9 +107,11 @@ class _Compiler:
         self.renamed: dict[str, str] = {}  # a value -> the step that makes it
         self.constants: dict[str, Tensor] = {}
         self.own = {**program.exported.state_dict, **program.exported.constants}
+        specs = program.exported.graph_signature.input_specs
+        self.stored = {spec.arg.name: spec.target for spec in specs if spec.target is not None}
+        self.inputs = tuple(spec.arg.name for spec in specs if spec.target is None)
         self.reads, self.trained = program.reads, trained
-        self.eight = set[str]()
-        self.spans: dict[str, Range] = {}  # of those that training found
+        self.eight: dict[str, Range | None] = {}  # values in 8 bits alone; the ranges that training found
         self.rescaled: dict[tuple[str, Code], str] = {}
         self.found = set[str]()  # the values, or their codes, that are read as they were trained to be
         self._choose()
@@ -129,25 +131,22 @@ class _Compiler:
                         here.add("wide")
             match list(here):
                 case ["calibrated"]:
-                    self.eight.add(op.name)
+                    self.eight[op.name] = None
                 case [Range() as span]:
-                    self.eight.add(op.name)
-                    self.spans[op.name] = span
+                    self.eight[op.name] = span
 
     def _span(self, name: str) -> Range:
         """What the 8-bit codes of a value span."""
-        return self.spans.get(name, self.ranges[name])
+        return self.eight.get(name) or self.ranges[name]
 
     def _ops(self) -> list[Op]:
         return list(self.program.exported.graph.nodes)
 
     def network(self) -> IntegerNetwork:
         """All steps."""
-        specs = self.program.exported.graph_signature.input_specs
-        inputs = tuple(spec.arg.name for spec in specs if spec.target is None)
         needed = _needed(self.program)
         for op in self._ops():
-            if op.op == "placeholder" and _floats(op) and op.name in inputs:
+            if op.op == "placeholder" and _floats(op) and op.name in self.inputs:
                 self.codes[op.name] = Code.eight(self._span(op.name))
             if op.op != "call_function" or op not in needed:
                 continue
@@ -156,7 +155,7 @@ class _Compiler:
             else:
                 self._whole(op)
         answer = self._name(self.program.answer)
-        return IntegerNetwork(tuple(self.steps), inputs, self.codes, self.constants, answer,
+        return IntegerNetwork(tuple(self.steps), self.inputs, self.codes, self.constants, answer,
                               self.program.key, frozenset(self.found))
 
     # ---- operations
@@ -261,7 +260,7 @@ class _Compiler:
                        for each, default in zip((*op.args[2:4], None, None)[:2], (np.ones(1), np.zeros(1)),
                                                 strict=True))
         epsilon = float(op.args[4]) if len(op.args) > 4 else 1e-5
-        self.eight.discard(op.name)  # its bias is on the scale of what it makes
+        self.eight.pop(op.name, None)  # its bias is on the scale of what it makes
         made, code = self._made(op)
         width = int(shape[0])
         floor = min(round(epsilon * width / given.scale**2), 1 << 36)
@@ -277,7 +276,7 @@ class _Compiler:
 
     def _tanh(self, op: Op) -> None:
         name, given = self._read(op.args[0], eight=False)
-        self.eight.discard(op.name)
+        self.eight.pop(op.name, None)
         code = Code(2.0**-TANH, 0, -LIMIT, LIMIT)
         self._write(Tanh(op.name, (name,), code, Fixed.of(2 * given.scale / UNIT)))
 
@@ -342,7 +341,7 @@ class _Compiler:
 
     def _passed(self, op: Op) -> tuple[str, Code]:
         """What an operation reads that leaves codes as they are."""
-        return self._read(op.args[0], eight=op.name in self.eight, span=self.spans.get(op.name))
+        return self._read(op.args[0], eight=op.name in self.eight, span=self.eight.get(op.name))
 
     def _read(self, source: Any, *, eight: bool | None = None, span: Range | None = None) -> tuple[str, Code]:
         """The name and the codes under which an operation reads a value; None: any codes. span: of 8-bit
@@ -361,18 +360,15 @@ class _Compiler:
 
     def _whole_name(self, op: Any) -> str:
         """The name of a whole number or tensor; constants are kept once something reads them."""
-        specs = {spec.arg.name: spec.target for spec in self.program.exported.graph_signature.input_specs}
-        if specs.get(op.name) is not None:
-            self.constants[op.name] = self.own[specs[op.name]].detach()
+        if op.name in self.stored:
+            self.constants[op.name] = self.own[self.stored[op.name]].detach()
         return self._name(op.name)
 
     def _name(self, name: str) -> str:
         return self.renamed.get(name, name)
 
     def _param(self, op: Any) -> Tensor:
-        specs = self.program.exported.graph_signature.input_specs
-        path = next(spec.target for spec in specs if spec.arg.name == op.name)
-        values: Tensor = self.own[path]
+        values: Tensor = self.own[self.stored[op.name]]
         return values.detach()
 
 
