@@ -119,9 +119,10 @@ class _Compiler:
     def _choose(self) -> None:
         """Which values nothing but multiplications read, all in the same codes."""
         wanted: dict[str, set[Wish]] = {}
+        needed = _needed(self.program)
         for op in reversed(self._ops()):
             here = wanted.setdefault(op.name, {"wide"} if op.name == self.program.answer else set())
-            for user in filter(_floats, op.users):
+            for user in (user for user in op.users if _floats(user) and user in needed):
                 match _kind(user):
                     case kind if kind in MULTIPLYING:
                         here.add(self.trained.get(user.name, "calibrated"))
