@@ -67,9 +67,10 @@ def test_masks_that_grew_stay_under_codes(tiny_encoder: Path, tmp_path: Path) ->
 
 
 def test_neurons_that_training_pruned_are_taken_out(tiny_encoder: Path, tmp_path: Path) -> None:
+    """Layers go on reading what they read, so ranges of inputs stay."""
     result = done(tiny_encoder, tmp_path / "out",
                   Step("movement", ("role:down", "role:o"), {"sparsity": 0.5, "pattern": "column"},
-                       training=FEW),
+                       training={**FEW, "activations": {"bits": 8}}),
                   Step("emptied", settings={"multiple": 1}),
                   Step("rtn", ("role:down",), format="int8"))
     network = opened(result.exported)
@@ -78,6 +79,7 @@ def test_neurons_that_training_pruned_are_taken_out(tiny_encoder: Path, tmp_path
     found = stored_trees(network)
     down = [tree for path, tree in found.items() if network.map.by_path[path].role == "down"]
     assert len(down) == network.map.blocks and all(isinstance(tree, Quantized) for tree in down)
+    assert {site.layer for site in network.map.sites if site.role == "down"} <= set(network.ranges)
     assert all(isinstance(found[site.path], Masked) for site in network.map.sites if site.role == "o")
     notes = [each["note"] for each in result.receipt["axes"] if each["technique"] == "emptied"]
     assert len(notes) == network.map.blocks and all("neurons left out" in note for note in notes)

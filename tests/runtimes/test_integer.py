@@ -170,7 +170,8 @@ def test_the_paper_s_polynomial_is_rougher() -> None:
 
 
 def test_trained_ranges_take_the_place_of_calibrated_ones() -> None:
-    """What training with rounded activations found (``Activations.ranges``): by layer."""
+    """What training with rounded activations found (``Activations.ranges``): by layer. Who reads the same
+    value in other codes rounds it for itself."""
     module = bert()
     program, trees = trace(module, tokens(2, 8), (0, 1), fused=True), rounded_trees(bert(), GRIDS["int8"])
     trained = {f"encoder.layer.0.attention.self.{name}": Range(-3.0, high)
@@ -179,9 +180,12 @@ def test_trained_ranges_take_the_place_of_calibrated_ones() -> None:
                                                              Range(-0.2, 1.7)})
     read = {step.name: step.reads[0] for step in whole.steps if isinstance(step, Linear)}
     names = {path: name for name, path in program.reads.items()}
-    first = read[names["encoder.layer.0.attention.self.query.weight"]]
-    assert whole.codes_of[first] == Code.eight(Range(-3.0, 2.5))
+    for layer, span in trained.items():
+        assert whole.codes_of[read[names[f"{layer}.weight"]]] == Code.eight(span)
+    calibrated = whole.codes_of[read[names["encoder.layer.0.attention.self.value.weight"]]]
+    assert calibrated not in [Code.eight(span) for span in trained.values()]
     assert whole.codes_of[read[names["encoder.layer.1.output.dense.weight"]]] == Code.eight(Range(-0.2, 1.7))
+    assert whole.places() == (3, 13)
     with pytest.raises(TargetError, match=r"encoder\.layer\.0\.attention\.self\.qury: no such layer"):
         compiled(program, trees, [tokens(8, 8)], ranges={f"{next(iter(trained))[:-5]}qury": Range(-1.0, 1.0)})
 

@@ -15,14 +15,16 @@ from rarefy.core.nodes import Dense
 from rarefy.models.folding import fold
 from rarefy.models.network import Network
 from rarefy.numerics.grids import integer_grid
+from rarefy.numerics.ranges import Range
 from rarefy.techniques.distill.hard_labels import HardLabels
 from rarefy.techniques.distill.soft_labels import SoftLabels
 from rarefy.techniques.quantize.lsq import LSQ
 from rarefy.techniques.quantize.rtn import RTN
 from rarefy.training.activations import Activations, Rounding
 from rarefy.training.examples import Rows
-from rarefy.training.loop import Settings
+from rarefy.training.loop import Batch, Settings
 from rarefy.training.signals import Distillation
+from rarefy.training.student import Student
 from rarefy.training.tune import Tuning, student_of, tune
 
 
@@ -71,6 +73,63 @@ def test_ranges_move_with_the_batches_and_wait() -> None:
     assert torch.equal(dead.rounded(0, torch.zeros(3)), torch.zeros(3))
 
 
+def test_learned_ranges_have_the_gradients_of_learned_steps() -> None:
+    """PACT's outside, LSQ+'s inside, for ends that move by factors."""
+    own = Activations(["0"], 3, learned=True)
+    own.rounded(0, torch.tensor([-1.0, 2.0]))  # the first batch gives a range
+    own.steps.fill_(1)
+    x = torch.linspace(-2.0, 4.0, 61)[None].requires_grad_(True)
+    weights = torch.randn(61, generator=torch.Generator().manual_seed(0))
+    y = own.rounded(0, x)
+    (y[0] * weights).sum().backward()
+    s, z, pull = 3 / 7, round(7 / 3), (61 * 7) ** -0.5
+    high = low = 0.0
+    for value, weight in zip(x[0].tolist(), weights.tolist(), strict=True):
+        code = round(value / s) + z
+        if 0 <= code <= 7:
+            slope = round(value / s) - value / s
+            high, low = high + weight * slope / 7, low - weight * slope / 7
+        elif code > 7:
+            high += weight
+        else:
+            low += weight
+    assert own.stretch is not None
+    expected = torch.tensor([pull * low * -1.0, pull * high * 2.0])
+    torch.testing.assert_close(own.stretch.grad[0], expected, atol=1e-4, rtol=1e-4)
+    wanted = [jacob(v, -1.0, 2.0, 3) for v in x[0].tolist()]
+    torch.testing.assert_close(y[0].detach(), torch.tensor(wanted), atol=1e-5, rtol=0)
+    assert set(x.grad[0][(x[0] < -1.3) | (x[0] > 2.6)].tolist()) == {0.0}
+    own.rounded(0, torch.tensor([-9.0, 9.0]))  # and later ones none
+    assert own.ranges() == {"0": Range(-1.0, 2.0, 3)}
+
+
+def distances(student: Student, batch: Batch) -> Tensor:
+    """To the answers of the network that it was, [units]."""
+    with student.original() as module:
+        wanted = module(batch["0"])
+    return (student(batch) - wanted).square().mean(1)
+
+
+def test_learned_ranges_clip_what_is_rare() -> None:
+    """A layer whose input has a few far outliers: at 3 bits the others need the codes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 16, generator=generator)
+    x[::64] *= 10
+    network = Network.from_module(nn.Sequential(nn.Linear(16, 16, bias=False)))
+    settings = Settings(steps=150, batch=128, rate=3e-3, schedule="linear", precision="float32")
+    errors = []
+    for learned in (False, True):
+        rounding = Rounding(3, memory=0.9, delay=0.2, learned=learned)
+        tuned = tune(network, {}, Tuning(frozenset({"weights"}), activations=rounding), distances,
+                     Rows({"0": x}), settings)
+        with network.with_ranges(tuned.ranges).as_trained(), torch.no_grad():
+            rounded = network.run({"0": x}, network.tensors(tuned.trees.get))
+        errors.append(float((rounded - network.run({"0": x})).square().mean()))
+        span, = tuned.ranges.values()
+        assert (span.high < 0.6 * float(x.max())) == learned
+    assert errors[1] < 0.8 * errors[0], errors
+
+
 def convolutional() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
                          nn.Conv2d(8, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
@@ -107,14 +166,13 @@ def test_few_bits_of_a_convolutional_network() -> None:
     layers = [site.path.removesuffix(".weight") for site in network.map.sites]
     before = correct(network.run({"0": held}), answers)
 
-    ranges = Activations(layers, 4)
-    with ranges.on(network.module), torch.no_grad():
+    watching = Activations(layers, 4)
+    with watching.on(network.module), torch.no_grad():
         for rows in torch.arange(len(x)).split(BATCH):
             network.run({"0": x[rows]})
     rounded = {path: edit(path, Dense(network.weight(path)), network.weight(path), RTN(grid), "rtn", None,
                           torch.Generator())[0] for path in network.map.by_path}
-    ranges.eval()
-    with ranges.on(network.module), torch.no_grad():
+    with network.with_ranges(watching.ranges()).as_trained(), torch.no_grad():
         after = correct(network.run({"0": held}, network.tensors(rounded.get)), answers)
 
     tuning = Tuning(frozenset({"biases"}), LSQ(grid), activations=Rounding(4, memory=0.9, delay=0.1))
@@ -122,10 +180,7 @@ def test_few_bits_of_a_convolutional_network() -> None:
     objective = Distillation(network, network, ((1.0, HardLabels()), (1.0, SoftLabels())))
     tuned = tune(network, {}, tuning, objective, Rows({"0": x, "labels": y}), settings)
     assert set(tuned.ranges) == set(layers)
-    kept = Activations(layers, 4).eval()
-    kept.low, kept.high = (torch.tensor([getattr(tuned.ranges[name], end) for name in layers])
-                           for end in ("low", "high"))
-    with kept.on(network.module), torch.no_grad():
+    with network.with_ranges(tuned.ranges).as_trained(), torch.no_grad():
         during = correct(network.run({"0": held}, network.tensors(tuned.trees.get) | tuned.params), answers)
     assert before > 0.94 and during > after + 0.01 and during > before - 0.03
     assert not any(part._forward_pre_hooks for part in network.module.modules())

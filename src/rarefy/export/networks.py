@@ -1,8 +1,9 @@
 """Networks in the native format, and whatever was exported as something that runs.
 
-A native folder of a network that is no language model holds, beside its trees, how it is called and how its
-answer is read (``Form``). One of transformers is laid out again from its configuration. The user's own comes
-back into a module of the same class, which the user passes: code does not travel with weights.
+A native folder of a network that is no language model holds, beside its trees, how it is called, how its
+answer is read (``Form``) and the ranges in which training rounded its activations. One of transformers is
+laid out again from its configuration. The user's own comes back into a module of the same class, which the
+user passes: code does not travel with weights.
 
     rarefy.load("OUT")                 an encoder or image network of transformers, weights decoded
     rarefy.load("OUT", into=MyNet())   the user's own: a copy of that module, with the weights of OUT
@@ -11,10 +12,11 @@ back into a module of the same class, which the user passes: code does not trave
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +43,24 @@ from rarefy.models.narrowed import sized_like
 from rarefy.models.network import Network, map_network, tied
 from rarefy.models.opening import fill, laid_out, network_class, open_any
 from rarefy.models.recurrent import class_name, rolled, unrolled
+from rarefy.numerics.ranges import Range
 
 INSIDE = "model"  # what a job calls the native folder in its output
 EXITS = "exits.safetensors"  # heads beside the network, which ``runtimes.exits`` writes and reads
 
 
 def export_network(network: Network, trees: Mapping[str, Node], folder: Path | str, *,
-                   params: Mapping[str, Tensor] | None = None) -> int:
-    """Write the native folder of a network and return its bytes; ``trees`` and ``params`` as for models."""
+                   params: Mapping[str, Tensor] | None = None, ranges: Mapping[str, Range] | None = None
+                   ) -> int:
+    """Write the native folder of a network and return its bytes; ``trees`` and ``params`` as for models.
+
+    ranges: of activations, by layer, in place of the network's (``Tuned.ranges``).
+    """
+    spans = network.ranges if ranges is None else ranges
     config = {"model_type": MODEL_TYPE, "architectures": ["RarefyNetwork"], "name": network.name,
               "form": asdict(network.form), "class": class_name(network.module),
-              "network": None if network.config is None else network.config.to_dict()}
+              "network": None if network.config is None else network.config.to_dict(),
+              "ranges": {layer: asdict(span) for layer, span in spans.items()}}
     tokenizer = network.tokenizer if network.form.takes == "text" else None
     return write_native(network, trees, params or {}, config, folder, tokenizer, network.files)
 
@@ -84,10 +93,19 @@ def live(model: Model | Network, dtype: torch.dtype = torch.float32) -> Any:
 def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """A network, ready to run, with the weights that ``ref`` stands for; arguments as for ``opened``."""
     model = opened(ref, into)
+    tell_unrounded(model)
     network: Any = live(model, dtype)
     if isinstance(model.source, TreeSource):
         tied(network, model.source.trees)
     return rolled(network)
+
+
+def tell_unrounded(model: Model | Network, where: str = "PyTorch") -> None:
+    """Warn that what training rounded is computed otherwise."""
+    if isinstance(model, Network) and model.ranges:
+        warnings.warn(f"{model.name}: training rounded the inputs of {len(model.ranges)} layers in ranges "
+                      f"that {where} does not use; rarefy compress of the same folder hands them on to --for "
+                      "integer, onnxruntime or openvino", stacklevel=1)
 
 
 def stored_trees(model: Model | Network) -> dict[str, Node]:
@@ -119,6 +137,7 @@ def _network(folder: Path, held: Native, into: nn.Module | None) -> Network:
     fill(module, source, name)
     prepared = tuple(path for path in held.files if path.name == "preprocessor_config.json")
     return Network(name, module, source, form, config=config, files=prepared,
+                   ranges=_ranges(folder, held.config.get("ranges", {})),
                    tokenizer=partial(tokenizer_in, folder, config) if form.takes == "text" else None)
 
 
@@ -145,6 +164,20 @@ def _shapes(module: nn.Module, held: Native) -> dict[str, tuple[int, ...]]:
         if kernel:
             shape = (shape[0], shape[1] // prod(kernel), *kernel)
         found[path] = shape
+    return found
+
+
+def _ranges(folder: Path, said: Any) -> dict[str, Range]:
+    """The ranges of activations that a folder's configuration lists, by layer."""
+    try:
+        found = {layer: Range(**span) for layer, span in said.items()}
+        sound = all(span.low <= span.high and isfinite(span.high - span.low) and span.bits in range(2, 9)
+                    for span in found.values())
+    except (TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ModelError(f"{folder / CONFIG}: ranges of activations are not numbers low <= high with 2 to 8 "
+                         "bits; export it again")
     return found
 
 

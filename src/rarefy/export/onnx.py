@@ -9,7 +9,8 @@ scales the scales of its rows and leaves the codes alone. How 8-bit weights are 
               bits, and those behind factors of channels (``numerics.ranges``), are rounded to 8 bits when
               the file is loaded, because that is what is fast
     static    linear layers and convolutions between QuantizeLinear and DequantizeLinear with ranges that
-              calibration gave; residual sums and pooling between convolutions stay in 8 bits
+              training found for their inputs, or else calibration; residual sums and pooling between
+              convolutions stay in 8 bits
 
 Papers: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference"; Migacz 2017, "8-bit Inference with TensorRT" (entropy ranges).
@@ -88,7 +89,8 @@ class OnnxSettings:
 class Exported:
     """A file that was written, and all that is needed to say what it should answer.
 
-    notes: which weights went over larger than they are stored.
+    ranges: of values. trained: of what operators read, where training found it. notes: which weights went
+    over larger than they are stored.
     """
 
     path: Path
@@ -101,6 +103,15 @@ class Exported:
     notes: tuple[str, ...] = ()
     params: Mapping[str, Tensor] | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    trained: Mapping[str, Range] = field(default_factory=dict)
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """How many values multiplications read in codes that training found, and how many in calibrated
+        ones."""
+        read = {(source, self.trained.get(name)) for name, source in self.plan.operators.items()}
+        found = sum(span is not None for _, span in read)
+        return found, len(read) - found
 
     def expected(self, inputs: Values) -> Tensor:
         """Our own evaluation of the same trees, activations rounded where the file rounds them."""
@@ -123,7 +134,10 @@ class Exported:
         source = self.plan.operators[name]
         if self.settings.compute == "dynamic":
             return self.rows.get(source, ROWS).rounded(values)
-        return values if source in self.plan.chained else self.ranges[source].rounded(values)
+        own, span = self.ranges[source], self.trained.get(name)
+        if source in self.plan.chained and span in (None, own):
+            return values
+        return (span or own).rounded(values)
 
     def _value(self, name: str, values: Tensor) -> Tensor:
         if self.settings.compute == "static" and name in self.plan.chained:
@@ -152,14 +166,15 @@ class Quantization:
 def export_onnx(module: nn.Module, trees: Mapping[str, Node], path: Path | str, *, inputs: Values,
                 settings: OnnxSettings | None = None, calibration: Sequence[Values] = (),
                 dynamic: tuple[int, ...] = (0,), params: Mapping[str, Tensor] | None = None,
-                program: Program | None = None) -> Exported:
+                program: Program | None = None, ranges: Mapping[str, Range] | None = None) -> Exported:
     """Write a network as one ONNX file.
 
     trees: what to store for each site; a site without one is stored as the module has it. inputs: an
     example of what the network is called with. calibration: batches of inputs, for ranges of activations
     (static), or for how rows of them are rounded (dynamic; without, all alike). dynamic:
     axes of the inputs that may have any length (texts: 0 and 1). params: norms or biases in place of the
-    module's. program: of ``trace``, when there is one already.
+    module's. program: of ``trace``, when there is one already. ranges: of the inputs of layers, by the
+    layer's name, where training found them (static).
     """
     settings = settings or OnnxSettings()
     program = program or trace(module.eval(), inputs, dynamic)
@@ -172,18 +187,38 @@ def export_onnx(module: nn.Module, trees: Mapping[str, Node], path: Path | str, 
     whole = {name: trees.get(name) or Dense(site.matrix(own[name].detach()).contiguous())
              for name, site in program.sites.items()}
     plan = quantization(program, whole, settings.compute)
-    ranges, rows = {}, {}
+    spans, rows, trained = dict[str, Range](), dict[str, Rows](), dict[str, Range]()
     tensors = {} if settings.compute == "float" else {**stored_tensors(program, whole), **changed}
     if settings.compute == "dynamic" and calibration:
         rows = _rows(program, calibration, tensors, whole, plan)
     if settings.compute == "static":
-        ranges = activation_ranges(program, calibration, tensors, plan.values, settings.ranges)
-        ranges |= {name: ranges[source] for name, source in plan.passing.items()}
-    writer = _Writer(program, whole, settings, ranges, plan, changed, rows)
+        trained = {name: span for name, span in program.trained(ranges or {}).items()
+                   if name in plan.operators}
+        spans = activation_ranges(program, calibration, tensors, plan.values, settings.ranges, trained)
+        spans |= _agreed(program, plan, trained)
+        spans |= {name: spans[source] for name, source in plan.passing.items()}
+    writer = _Writer(program, whole, settings, spans, plan, changed, rows, trained)
     proto = writer.model()
     size = _save(proto, Path(path))
-    return Exported(Path(path), size, program, whole, settings, ranges, plan, tuple(writer.graph.notes),
-                    changed, rows)
+    return Exported(Path(path), size, program, whole, settings, spans, plan, tuple(writer.graph.notes),
+                    changed, rows, trained)
+
+
+def _agreed(program: Program, plan: Quantization, trained: Mapping[str, Range]) -> dict[str, Range]:
+    """Values between convolutions that all who read them want in the same codes, which training found."""
+    graph, wanted = _Reading(program), defaultdict[str, set[Range | None]](set)
+    wanted[program.answer].add(None)
+    for node in reversed(program.proto.graph.node):
+        used, result = graph.use(node), graph.result(node)
+        if used is not None and result in plan.operators:
+            wanted[used.reads].add(trained.get(result))
+        elif node.op_type in PASSING:
+            wanted[node.input[0]] |= wanted[node.output[0]]
+        elif node.op_type != "Shape":
+            for name in node.input:
+                wanted[name].add(None)
+    return {name: span for name in plan.chained for span in wanted[name]
+            if span is not None and len(wanted[name]) == 1}
 
 
 def _rows(program: Program, batches: Sequence[Values], tensors: Values, trees: Mapping[str, Node],
@@ -360,14 +395,15 @@ class _Writer:
 
     def __init__(self, program: Program, trees: Mapping[str, Node], settings: OnnxSettings,
                  ranges: Mapping[str, Range], plan: Quantization, params: Mapping[str, Tensor],
-                 rows: Mapping[str, Rows]) -> None:
+                 rows: Mapping[str, Rows], trained: Mapping[str, Range]) -> None:
         self.program, self.trees, self.settings = program, trees, settings
         self.ranges, self.plan, self.params, self.rows = ranges, plan, params, rows
+        self.trained = trained
         self.reading = _Reading(program)
         self.graph = Graph(contrib=settings.contrib, accuracy=settings.accuracy)
         self._last = ""  # what the convolution just written gives
         self.before: dict[str, str] = {}  # a value -> what it is before its Relu, which rounding does
-        self.rounded: dict[str, str] = {}  # a value -> itself out of a DequantizeLinear
+        self.rounded: dict[tuple[str, Range], str] = {}  # a value -> itself out of a DequantizeLinear
 
     def model(self) -> Any:
         """The whole file."""
@@ -415,14 +451,15 @@ class _Writer:
                 self._other(node, path, used.reads)
         for name in node.output:
             if name in self.plan.chained and self.settings.compute == "static":
-                self._round(name)
+                self._round(name, self.ranges[name])
         return taken
 
     def _linear(self, node: Any, used: Use) -> None:
-        integer = self.reading.result(node) in self.plan.operators
+        name = self.reading.result(node)
+        integer = name in self.plan.operators
         x = self._read(used.reads, chained=not integer)
         if integer and self.settings.compute == "static":
-            x = self._round(used.reads)
+            x = self._round(used.reads, self._span(name))
         compute: Compute = self.settings.compute if integer else "float"
         self.graph.alike[x] = self.reading.rows(used.reads)
         done = linear(self.graph, x, self.trees[used.path], used.path, compute,
@@ -440,8 +477,9 @@ class _Writer:
             tree, bias = self._folded(readers[0], tree, used)
             self._last, taken = readers[0].output[0], {readers[0].name}
         integer = node.output[0] in self.plan.operators
-        x = self._round(used.reads) if integer else self._read(used.reads, chained=True)
-        scale = self.ranges[used.reads].scale if integer else None
+        span = self._span(node.output[0]) if integer else None
+        x = self._read(used.reads, chained=True) if span is None else self._round(used.reads, span)
+        scale = None if span is None else span.scale
         if scale is not None and bias:
             bias = [self._integer_bias(bias[0], tree, scale, used.path)]
         window = _window(node, self.program.sites[used.path])
@@ -487,7 +525,9 @@ class _Writer:
 
     def _read(self, name: str, *, chained: bool) -> str:
         """What an operator that does not multiply integers reads for ``name``."""
-        return self.rounded[name] if chained and name in self.plan.chained and name in self.rounded else name
+        if not (chained and name in self.plan.chained):
+            return name
+        return self.rounded.get((name, self.ranges[name]), name)
 
     def _clamps(self, node: Any) -> bool:
         """Whether an activation function is what 8-bit codes that begin at zero do anyway."""
@@ -495,15 +535,24 @@ class _Writer:
         return (node.op_type == "Relu" and name in self.plan.chained and self.reading.swallowed(node.input[0])
                 and name in self.ranges and self.ranges[name].zero == 0)
 
-    def _round(self, name: str) -> str:
-        """``name`` out of its codes; made once."""
-        if name not in self.rounded:
-            found = self.ranges[name]
-            scale = self.graph.constant(f"{name}.scale", np.array(found.scale, np.float32))
-            zero = self.graph.constant(f"{name}.zero", np.array(found.zero, np.uint8))
-            codes = self.graph.add("QuantizeLinear", self.before.get(name, name), scale, zero)
-            self.rounded[name] = self.graph.add("DequantizeLinear", codes, scale, zero)
-        return self.rounded[name]
+    def _span(self, name: str) -> Range:
+        """The range in which a multiplication in integers reads what it reads."""
+        return self.trained.get(name, self.ranges[self.plan.operators[name]])
+
+    def _round(self, name: str, span: Range) -> str:
+        """``name`` out of its codes in a range; made once. What exists in 8 bits alone has a range of its
+        own, and is rounded from there."""
+        if (name, span) not in self.rounded:
+            own = name not in self.plan.chained or span == self.ranges[name]
+            given = self.before.get(name, name) if own else self._round(name, self.ranges[name])
+            scale = self.graph.constant(f"{name}.scale", np.array(span.scale, np.float32))
+            zero = self.graph.constant(f"{name}.zero", np.array(span.zero, np.uint8))
+            codes = self.graph.add("QuantizeLinear", given, scale, zero)
+            if span.bits < 8:
+                top = self.graph.constant(f"{name}.top", np.array(span.top, np.uint8))
+                codes = self.graph.add("Clip", codes, "", top)
+            self.rounded[name, span] = self.graph.add("DequantizeLinear", codes, scale, zero)
+        return self.rounded[name, span]
 
     def _name(self, made: str, name: str) -> None:
         """Give the last operator's result the name that the graph knows it by."""

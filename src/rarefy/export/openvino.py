@@ -28,6 +28,7 @@ from rarefy.export.onnx import GRIDS, Exported, OnnxSettings, export_onnx
 from rarefy.export.pieces import OPERATOR
 from rarefy.export.program import Program, Values
 from rarefy.formats.onnx import onnx_package
+from rarefy.numerics.ranges import Range
 
 OPENVINO = Target("openvino", (*GRIDS, "F16", "F32", "tree"), ".xml",
                   description="IR files for OpenVINO: weights of 8 or 4 bits that its CPU plugin multiplies "
@@ -47,7 +48,7 @@ def openvino_package() -> Any:
 def export_openvino(module: nn.Module, trees: Mapping[str, Node], path: Path | str, *, inputs: Values,
                     settings: OnnxSettings | None = None, calibration: Sequence[Values] = (),
                     dynamic: tuple[int, ...] = (0,), params: Mapping[str, Tensor] | None = None,
-                    program: Program | None = None) -> Exported:
+                    program: Program | None = None, ranges: Mapping[str, Range] | None = None) -> Exported:
     """Write ``path`` (.xml) and the .bin beside it; arguments and result as of ``export_onnx``.
 
     settings: compute ``float`` or ``static``; OpenVINO rounds activations as they come by a setting of its
@@ -62,7 +63,7 @@ def export_openvino(module: nn.Module, trees: Mapping[str, Node], path: Path | s
     with tempfile.TemporaryDirectory() as folder:
         done = export_onnx(module, trees, Path(folder) / "model.onnx", inputs=inputs, calibration=calibration,
                            settings=replace(settings, contrib=False), dynamic=dynamic, params=params,
-                           program=program)
+                           program=program, ranges=ranges)
         model = openvino.convert_model(done.path)
         _check_codes(onnx_package().load(done.path), model, path)
         _halve(model)

@@ -60,6 +60,18 @@ class Program:
                     found[node.name] = path
         return found
 
+    def trained(self, ranges: Mapping[str, Range]) -> dict[str, Range]:
+        """Ranges of the inputs of layers, by layer, as those of what operators of the program read.
+
+        TargetError: a layer that is none.
+        """
+        layers = {site.layer: path for path, site in self.sites.items()}
+        for layer in ranges:
+            if layer not in layers:
+                raise TargetError(f"{layer}: no such layer{did_you_mean(layer, list(layers))}")
+        spans = {layers[layer]: span for layer, span in ranges.items()}
+        return {name: spans[path] for name, path in self.reads.items() if path in spans}
+
     def _paths(self) -> dict[str, str]:
         """Name of a placeholder -> path in the state dict, the site's own for shared weights."""
         return {spec.arg.name: self.shared.get(spec.target, spec.target)
@@ -215,11 +227,18 @@ def activation_samples(program: Program, batches: Iterable[Values], tensors: Val
 
 
 def activation_ranges(program: Program, batches: Iterable[Values], tensors: Values, names: Iterable[str],
-                      method: str = "minmax") -> dict[str, Range]:
+                      method: str = "minmax", trained: Mapping[str, Range] | None = None
+                      ) -> dict[str, Range]:
     """What values of the program span on ``batches``, run with the weights ``tensors``.
 
     method: minmax, percentile (0.9999 of all values), or entropy; the last two run the batches twice.
+    trained: ranges in which operators, by name, read what they multiply.
     """
+    trained = trained or {}
+
+    def rounded(name: str, values: Tensor) -> Tensor:
+        return trained[name].rounded(values) if name in trained else values
+
     if method not in METHODS:
         raise TargetError(f"ranges {method!r}: choose one of {', '.join(METHODS)}"
                           f"{did_you_mean(method, list(METHODS))}")
@@ -236,7 +255,7 @@ def activation_ranges(program: Program, batches: Iterable[Values], tensors: Valu
         return values
 
     for batch in batches:
-        program.run(batch, tensors, value=span)
+        program.run(batch, tensors, argument=rounded, value=span)
     if method == "minmax":
         return seen
     counted = {name: torch.zeros(BINS) for name in seen}
@@ -249,7 +268,7 @@ def activation_ranges(program: Program, batches: Iterable[Values], tensors: Valu
         return values
 
     for batch in batches:
-        program.run(batch, tensors, value=count)
+        program.run(batch, tensors, argument=rounded, value=count)
     narrowed = entropy if method == "entropy" else percentile
     return {name: narrowed(histogram, seen[name]) for name, histogram in counted.items()}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 
@@ -34,6 +35,17 @@ class Site:
     block: int | None
     transposed: bool = False
     kernel: tuple[int, ...] = ()
+
+    @property
+    def layer(self) -> str:
+        """The module that holds it, by name."""
+        return self.path.removesuffix("weight").removesuffix(".")
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern means it: a glob over paths, or ``role:NAME``."""
+        if pattern.startswith("role:"):
+            return self.role == pattern.removeprefix("role:")
+        return fnmatchcase(self.path, pattern)
 
     def matrix(self, values: Tensor) -> Tensor:
         """The weight as a matrix [out, in], from how the file holds it."""

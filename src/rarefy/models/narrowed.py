@@ -87,7 +87,8 @@ def with_tokens(network: Network, kept: Int64[Tensor, " kept"]) -> Network:
     if config.model_type in COUNTED and config.pad_token_id != network.config.pad_token_id:
         raise ModelError(f"{network.name}: counts its positions from the number of the padding token, which "
                          "must keep it; keep the tokens before it as well")
-    return _laid_out(network, config, source, lambda: without_tokens(tokenizer, kept))
+    done = _laid_out(network, config, source, lambda: without_tokens(tokenizer, kept))
+    return done.with_ranges(network.ranges)
 
 
 def token_table(network: Network) -> Site:

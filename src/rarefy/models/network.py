@@ -34,6 +34,7 @@ from rarefy.models.map import Map, Param, Site
 from rarefy.models.recurrent import class_name, unrolled
 from rarefy.models.runner import Override
 from rarefy.models.sources import ModuleSource, Source
+from rarefy.numerics.ranges import Range
 
 Watch = Callable[[Site, nn.Module, Tensor, Tensor], "Tensor | None"]
 
@@ -74,21 +75,25 @@ class Network:
     """A network that runs: ``module`` is ours alone, float32, in eval mode, with the original weights.
 
     config: transformers' (None: the user's own network). files: what belongs into an export beside the
-    weights (how images are prepared).
+    weights (how images are prepared). ranges: of the inputs of layers that training rounded, by the layer's
+    name; targets that round activations round these in the same codes, and ``run`` rounds nothing
+    (``as_trained`` does).
     """
 
     def __init__(self, name: str, module: nn.Module, source: Source, form: Form, *, config: Any = None,
-                 tokenizer: Callable[[], Any] | None = None, files: tuple[Path, ...] = ()) -> None:
+                 tokenizer: Callable[[], Any] | None = None, files: tuple[Path, ...] = (),
+                 ranges: Mapping[str, Range] | None = None) -> None:
         self.name, self.module, self.source, self.form = name, module, source, form
         self.config, self.files = config, files
         self.map, self._users = map_network(module)
         self._make_tokenizer, self._tokenizer = tokenizer, None
         if not self.map.sites:
             raise ModelError(f"{name}: has no Linear, convolution or Embedding to compress")
+        self.ranges = self._checked(ranges or {})
 
     @classmethod
-    def from_module(cls, module: nn.Module, name: str = "", *, form: Form | None = None, tokenizer: Any = None
-                    ) -> Network:
+    def from_module(cls, module: nn.Module, name: str = "", *, form: Form | None = None,
+                    tokenizer: Any = None, ranges: Mapping[str, Range] | None = None) -> Network:
         """A network in memory. It is copied: the user's own is never changed."""
         config = getattr(module, "config", None)
         form = form if form is not None else _form_of(module)
@@ -100,7 +105,7 @@ class Network:
                 setattr(part, "inplace", False)  # noqa: B010  modules declare their attributes as tensors
         return cls(name or class_name(module), own, source, form,
                    config=config if form.loader else None,
-                   tokenizer=None if tokenizer is None else lambda: tokenizer)
+                   tokenizer=None if tokenizer is None else lambda: tokenizer, ranges=ranges)
 
     @property
     def parameters(self) -> int:
@@ -157,8 +162,21 @@ class Network:
     def running(self, module: nn.Module) -> Network:
         """This network with another module that computes it: faster kernels in the place of layers."""
         other = copy.copy(self)
-        other.module = module
+        other.module, other.ranges = module, {}
         return other
+
+    def with_ranges(self, ranges: Mapping[str, Range]) -> Network:
+        """This network with the ranges that training found, in place of its own."""
+        other = copy.copy(self)
+        other.ranges = self._checked(ranges)
+        return other
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """While this lasts, ``run`` rounds the inputs of layers in the ranges that training found."""
+        with hooked(before=[(self.module.get_submodule(layer), _rounds(span))
+                            for layer, span in self.ranges.items()]):
+            yield
 
     @contextmanager
     def watched(self, sites: Mapping[str, Site], watch: Watch) -> Iterator[None]:
@@ -170,9 +188,21 @@ class Network:
                     for path, site in sites.items() for user in self._users[path]):
             yield
 
+    def _checked(self, ranges: Mapping[str, Range]) -> dict[str, Range]:
+        layers = [site.layer for site in self.map.sites]
+        for layer in ranges:
+            if layer not in layers:
+                raise ModelError(f"{self.name}: a range is for inputs of {layer!r}, which is no layer with "
+                                 f"a weight{did_you_mean(layer, layers)}")
+        return dict(ranges)
+
     def users(self, path: str) -> tuple[nn.Module, ...]:
         """The modules that use the weight of a site."""
         return self._users[path]
+
+
+def _rounds(span: Range) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda module, inputs: (span.rounded(inputs[0]), *inputs[1:])
 
 
 TENSOR = "0"  # the name of an input that is passed by position

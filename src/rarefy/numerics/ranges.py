@@ -1,8 +1,8 @@
 """Ranges of activations: all that was seen, a percentile of it, or the range that loses least.
 
-Eight-bit activations are ``x = scale * (code - zero)`` with 256 codes. A wide range rounds coarsely, a narrow
-one clips. ``entropy`` searches the clipping threshold T on |x| under which the clipped and rounded
-distribution Q is closest to the distribution P that was seen,
+Eight-bit activations are ``x = scale * (code - zero)`` with 256 codes; training may have used fewer. A wide
+range rounds coarsely, a narrow one clips. ``entropy`` searches the clipping threshold T on |x| under which
+the clipped and rounded distribution Q is closest to the distribution P that was seen,
 
     T = argmin KL(P || Q_T).
 
@@ -29,30 +29,39 @@ GAIN = 0.7    # of the error, where factors cost an operation
 
 @dataclass(frozen=True)
 class Range:
-    """What eight-bit codes of an activation span; always with zero inside, so that padding is exact."""
+    """What the codes of an activation span; always with zero inside, so that padding is exact.
+
+    bits: of the codes, 2 to 8.
+    """
 
     low: float
     high: float
+    bits: int = 8
+
+    @property
+    def top(self) -> int:
+        """The largest code; the smallest is 0."""
+        return (1 << self.bits) - 1
 
     @property
     def scale(self) -> float:
         """The distance of two codes, a float32 number; never zero."""
         span = max(self.high, 0.0) - min(self.low, 0.0)
-        step = float(torch.tensor(span / 255, dtype=torch.float32))
+        step = float(torch.tensor(span / self.top, dtype=torch.float32))
         return step if step > SMALLEST else 1.0
 
     @property
     def zero(self) -> int:
-        """The code of zero, 0 to 255."""
-        return max(0, min(255, round(-min(self.low, 0.0) / self.scale)))
+        """The code of zero, 0 to ``top``."""
+        return max(0, min(self.top, round(-min(self.low, 0.0) / self.scale)))
 
     def joined(self, other: Range) -> Range:
-        """Both."""
-        return Range(min(self.low, other.low), max(self.high, other.high))
+        """Both, in the codes of the finer one."""
+        return Range(min(self.low, other.low), max(self.high, other.high), max(self.bits, other.bits))
 
     def codes(self, values: Tensor) -> Tensor:
-        """Values as codes 0 to 255, float32, ties to even."""
-        return ((values / self.scale).round() + self.zero).clamp(0, 255)
+        """Values as codes, float32, ties to even."""
+        return ((values / self.scale).round() + self.zero).clamp(0, self.top)
 
     def rounded(self, values: Tensor) -> Tensor:
         """Values as their codes stand for them."""

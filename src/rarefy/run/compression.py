@@ -27,7 +27,7 @@ from rarefy.run.exits import add_exits, check_places
 from rarefy.run.journal import Journal, Sites
 from rarefy.run.planning import allocate, work_of
 from rarefy.run.progress import Progress
-from rarefy.run.recipe import Run, parts, plan_of, recipe_of
+from rarefy.run.recipe import Run, chains, format_of, parts, plan_of, recipe_of
 from rarefy.run.sharing import follows, relinked
 from rarefy.run.subject import Subject
 from rarefy.run.survey import Survey, take_survey
@@ -99,11 +99,14 @@ class Compression:
         return replace(state, trees=Trees(sites, state.trees), receipts=state.receipts + receipts)
 
     def _asked(self, state: State, steps: tuple[Step, ...], found: Survey) -> Plan:
-        """What some steps of the recipe ask of every site."""
+        """What some steps of the recipe ask of every site; nothing of the target, where other steps say how a
+        site is stored."""
         assert self.job.recipe is not None
         opened = state.view.opened
+        stored = {path for path, chain in chains(opened.map.sites, self.job.recipe).items()
+                  if format_of(chain)}
         plan = plan_of(opened, replace(self.job.recipe, steps=steps), self.destination,
-                       found.statistics or None)
+                       found.statistics or None, stored)
         followers = {path: self.destination.asked(opened, opened.map.by_path[path], ()) for path in plan
                      if path in state.trees and follows(state.trees[path])}
         return plan | followers  # what is shared is rewritten where it is stored

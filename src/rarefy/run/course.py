@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -30,13 +31,14 @@ from rarefy.core.nouns import Receipt, Recipe, Step
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.sources import ModuleSource
+from rarefy.numerics.ranges import Range
 from rarefy.run.correct import corrected
 from rarefy.run.effort import Effort
 from rarefy.run.language import Language
 from rarefy.run.lessons import Lesson, Term, check_labels, explained, losses, material
 from rarefy.run.planning import TUNE, build_correction, build_sharing, build_trainer
 from rarefy.run.progress import Progress
-from rarefy.run.recipe import Run, runs
+from rarefy.run.recipe import EMPTIES, Run, runs
 from rarefy.run.samples import Samples, some
 from rarefy.run.sharing import share_layers
 from rarefy.run.subject import Subject
@@ -82,9 +84,10 @@ class Course:
     def through(self, found: Sequence[Run], state: State, first: int = 0) -> State:
         """``state`` after some runs; ``first``: the number of the first, which names its files."""
         for number, (kind, steps) in enumerate(found, first):
+            before = state.view.opened
             match kind:
                 case "whole":
-                    state = self._reshaped(state, (*steps, *self._weighed(number)))
+                    state = self._reshaped(state, steps, self._weighed(number))
                 case "sharing":
                     state = self._shared(state, steps[0])
                 case "training":
@@ -93,16 +96,22 @@ class Course:
                     state = self.corrected(state, steps[0])
                 case "leaves":
                     state = self.leaves(state, steps, number)
+            if ranges_of(before) and not ranges_of(state.view.opened):
+                warnings.warn(f"{steps[0].technique}: changes what layers read, so the ranges of "
+                              f"{len(ranges_of(before))} inputs that training found no longer hold; train "
+                              "with rounded activations behind it", stacklevel=1)
         return state
 
     def _weighed(self, number: int) -> tuple[Step, ...]:
         """The next steps that rewrite weights: factors of channels are chosen for what follows (AWQ)."""
         return next((steps for kind, steps in runs(self.recipe.steps)[number + 1:] if kind == "leaves"), ())
 
-    def _reshaped(self, state: State, steps: tuple[Step, ...]) -> State:
+    def _reshaped(self, state: State, steps: tuple[Step, ...], weighed: tuple[Step, ...]) -> State:
         with self.progress.stage("reshape") as stage:
-            view, receipts = state.view.reshaped(replace(self.recipe, steps=steps), self.effort, self.data,
-                                                 stage.advance)
+            view, receipts = state.view.reshaped(replace(self.recipe, steps=(*steps, *weighed)), self.effort,
+                                                 self.data, stage.advance)
+        if all(step.technique == EMPTIES for step in steps):  # layers read what they read before
+            view = with_ranges(view, ranges_of(state.view.opened))
         return replace(state, view=view, trees=recut(view.opened, state.trees),
                        receipts=state.receipts + receipts)
 
@@ -111,7 +120,8 @@ class Course:
         with self.progress.stage("share"):
             found = share_layers(state.view.opened, build_sharing(step), self.data.calibration)
         trees = {path: tree for path, tree in found.trees.items() if not isinstance(tree, Dense)}
-        return replace(state, view=computing(state.view.opened, found.trees), trees={**state.trees, **trees},
+        view = computing(state.view.opened, found.trees, ranges={})
+        return replace(state, view=view, trees={**state.trees, **trees},
                        receipts=state.receipts + found.receipts)
 
     def corrected(self, state: State, step: Step) -> State:
@@ -149,9 +159,12 @@ class Course:
         curve = {"technique": step.technique, "examples": len(found.train), "held": len(found.held),
                  **tuned.curve.as_dict()}
         before = {path: tree for path, tree in state.trees.items() if path not in tuned.trees}
-        return State(computing(opened, tuned.trees, tuned.params), {**before, **trees},
+        if tuned.ranges and isinstance(opened, Model):
+            warnings.warn(f"{step.technique}: files of language models hold no ranges of activations; inputs "
+                          f"of {len(tuned.ranges)} layers were rounded in training, and runtimes leave them "
+                          "in floats or round them as they come", stacklevel=1)
+        return State(computing(opened, tuned.trees, tuned.params, tuned.ranges), {**before, **trees},
                      state.receipts + receipts, (*state.curves, curve))
-
 
     def _reconstructed(self, state: State, step: Step) -> State:
         """``state`` after one training that went block by block."""
@@ -195,9 +208,24 @@ def recut(opened: Model | Network, trees: Mapping[str, Node]) -> dict[str, Node]
     return found
 
 
-def computing(opened: Model | Network, trees: Mapping[str, Node], params: Mapping[str, Tensor] | None = None
-              ) -> Subject:
-    """``opened`` with weights as some trees stand for them, and other norms and biases."""
+def ranges_of(opened: Model | Network) -> Mapping[str, Range]:
+    """Ranges of the inputs that training rounded; a language model keeps none."""
+    return opened.ranges if isinstance(opened, Network) else {}
+
+
+def with_ranges(view: Subject, ranges: Mapping[str, Range]) -> Subject:
+    """``view`` with the ranges of layers that it still has."""
+    if not isinstance(view.opened, Network):
+        return view
+    layers = {site.layer for site in view.opened.map.sites}
+    kept = {layer: span for layer, span in ranges.items() if layer in layers}
+    return Samples(view.opened.with_ranges(kept))
+
+
+def computing(opened: Model | Network, trees: Mapping[str, Node], params: Mapping[str, Tensor] | None = None,
+              ranges: Mapping[str, Range] | None = None) -> Subject:
+    """``opened`` with weights as some trees stand for them, other norms and biases, and other ranges of
+    inputs (None: its own)."""
     module = materialize(opened, torch.float32) if isinstance(opened, Model) else copy.deepcopy(opened.module)
     sites = opened.map.by_path
     state: dict[str, Tensor] = {path: sites[path].stored(tree.dense()) for path, tree in trees.items()}
@@ -208,7 +236,8 @@ def computing(opened: Model | Network, trees: Mapping[str, Node], params: Mappin
         return Language(Model.from_module(module, opened.tokenizer, opened.name))
     tokenizer = (lambda: opened.tokenizer) if opened.form.takes == "text" else None
     return Samples(Network(opened.name, module, ModuleSource(module), opened.form, config=opened.config,
-                           tokenizer=tokenizer, files=opened.files))
+                           tokenizer=tokenizer, files=opened.files,
+                           ranges=opened.ranges if ranges is None else ranges))
 
 
 def _receipts(opened: Model | Network, step: Step, before: Mapping[str, Node], after: Mapping[str, Node],

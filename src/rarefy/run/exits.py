@@ -7,6 +7,7 @@ chosen on the second, the third, which the whole job is judged on, is what the r
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rarefy.calibration.text import PYTHON_DOCS
 from rarefy.core.errors import DataError, RecipeError, TargetError, did_you_mean
 from rarefy.core.nodes import Dense
 from rarefy.core.nouns import Exiting, Step
-from rarefy.export.networks import export_network, opened, stored_trees
+from rarefy.export.networks import export_network, opened, stored_trees, tell_unrounded
 from rarefy.export.onnx import OnnxSettings
 from rarefy.formats.onnx import coarse
 from rarefy.measure.resources import bytes_on_disk
@@ -77,9 +78,12 @@ def add_exits(asked: Exiting, original: Network, data: tuple[Any, ...], judged: 
         stage.line(f"network and exits learn from {len(train)} samples")
         heads, tuned = together(network, stored_trees(network), original, train, after, settings,
                                 folder=work / "exits", advance=stage.advance)
+        if network.ranges:
+            warnings.warn(f"exits: the network learns with them, so the ranges of {len(network.ranges)} "
+                          "inputs that training found no longer hold", stacklevel=1)
         again = path.with_name(f"{path.name}.learnt")
         shutil.rmtree(again, ignore_errors=True)
-        export_network(network, tuned.trees, again, params=tuned.params)
+        export_network(network, tuned.trees, again, params=tuned.params, ranges=tuned.ranges)
         shutil.rmtree(path)
         again.rename(path)
         network = _read(path, original)
@@ -101,6 +105,7 @@ def export_early(source: Path, folder: Path) -> int:
     ENGINES[0].ready()
     exits = load(source).exits
     network = exits.stepped.network
+    tell_unrounded(network, "a graph with exits")
     trees = {path: tree for path, tree in stored_trees(network).items() if not isinstance(tree, Dense)}
     samples = _shown(exits)
     batches = list(samples.batches(BATCHES[-1]))

@@ -233,6 +233,8 @@ def _key(job: Job, subject: Subject, target: str) -> dict[str, Any]:
     data = {name: list(refs) if isinstance(opened, Model) else identity(refs, opened)
             for name, refs in (("data", job.data), ("eval_data", job.eval_data))}
     settings["parameters"] = opened.parameters  # the text may have changed that says which tokens stay
+    if isinstance(opened, Network) and opened.ranges:
+        settings["ranges"] = {layer: asdict(span) for layer, span in opened.ranges.items()}
     return {"model": opened.name, "files": files, "texts": texts, "settings": settings | data,
             "target": target, "recipe": None if job.recipe is None else asdict(job.recipe),
             "threads": torch.get_num_threads(), "versions": versions()}

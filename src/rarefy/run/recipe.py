@@ -28,9 +28,8 @@ A classifier can get exits when all steps, if there are any, are done:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +38,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rarefy.core.errors import RecipeError, did_you_mean
-from rarefy.core.nouns import Exiting, Recipe, Step, share_of
+from rarefy.core.nouns import Exiting, Option, Recipe, Step, share_of
 from rarefy.models.map import Site
 from rarefy.models.model import Model
 from rarefy.models.network import Network
@@ -170,13 +169,11 @@ def matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
     """The sites that any pattern matches; RecipeError for a pattern that matches none."""
     chosen: dict[str, Site] = {}
     for pattern in patterns:
-        if pattern.startswith("role:"):
-            found = [site for site in sites if site.role == pattern.removeprefix("role:")]
-            known = sorted({f"role:{site.role}" for site in sites})
-        else:
-            found = [site for site in sites if fnmatchcase(site.path, pattern)]
-            known = [site.path for site in sites]
+        found = [site for site in sites if site.matches(pattern)]
         if not found:
+            known = [site.path for site in sites]
+            if pattern.startswith("role:"):
+                known = sorted({f"role:{site.role}" for site in sites})
             raise RecipeError(f"pattern {pattern!r} matches no weight{did_you_mean(pattern, known)}")
         chosen |= {site.path: site for site in found}
     return list(chosen.values())
@@ -307,10 +304,16 @@ def format_of(steps: Sequence[Step]) -> str:
 
 
 def plan_of(opened: Model | Network, recipe: Recipe, destination: Destination,
-            statistics: Mapping[str, Statistics] | None = None) -> Plan:
-    """What a recipe asks of every site, as options without a prediction; arguments as for ``chains``."""
+            statistics: Mapping[str, Statistics] | None = None, stored: Collection[str] = ()) -> Plan:
+    """What a recipe asks of every site, as options without a prediction; arguments as for ``chains``.
+
+    stored: sites of which steps that are not in the recipe say how the target stores them, so that these
+    need not.
+    """
     asked = chains(opened.map.sites, recipe, statistics)
-    return {site.path: destination.asked(opened, site, asked[site.path]) for site in opened.map.sites}
+    return {site.path: Option(site.path, "", 0, float("nan"), asked[site.path])
+            if site.path in stored and not format_of(asked[site.path])
+            else destination.asked(opened, site, asked[site.path]) for site in opened.map.sites}
 
 
 def recipe_of(plan: Plan, model: str, **rest: Any) -> Recipe:

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from rarefy.core.errors import ModelError, OutputError, TargetError, did_you_mean
+from rarefy.core.nodes import Dense
 from rarefy.export.native import is_native
+from rarefy.export.networks import native_folder, opened, stored_trees
 from rarefy.models.families import FAMILIES
 from rarefy.models.model import Model
 from rarefy.models.network import Network
@@ -35,8 +37,21 @@ WRITING: dict[str, Destination] = {each.target.name: each for each in map(Writin
 
 def subject_of(model: str | Path | Model | Network, *, dequantize: bool = False) -> Subject:
     """The model that a job names, or has."""
-    opened = model if isinstance(model, Model | Network) else open_any(model, dequantize=dequantize)
-    return Language(opened) if isinstance(opened, Model) else Samples(opened)
+    found = model if isinstance(model, Model | Network) else _opened(model, dequantize)
+    return Language(found) if isinstance(found, Model) else Samples(found)
+
+
+def _opened(ref: str | Path, dequantize: bool) -> Model | Network:
+    """What a name stands for. dequantize: also where the weights in a native folder are rounded already."""
+    if native_folder(ref) is None:
+        return open_any(ref, dequantize=dequantize)
+    found = opened(ref)
+    changed = [path for path, tree in stored_trees(found).items() if not isinstance(tree, Dense)]
+    if changed and not dequantize:
+        raise ModelError(f"{ref}: already compressed ({len(changed)} weights, {changed[0]} first); start "
+                         "from the original, or pass --dequantize (dequantize=True) to take these weights as "
+                         "the original")
+    return found
 
 
 def in_memory(model: Any, tokenizer: Any = None, gives: str = "") -> Model | Network:

@@ -1,9 +1,10 @@
 """The target integer: a CNN or an encoder in integers alone, for processors that compute nothing else.
 
 Every weight gets 8 bits with one scale a row, activations too, so there is nothing to plan: a budget is met
-or it is not. BatchNorm is folded into the scales of rows. Ranges of activations are found by each of three
-methods, and the one stays under which answers on calibration samples move least. The file is ONNX in integer
-operators, and its proof is that no bit of its answers differs from the interpreter's (``runtimes.integer``).
+or it is not. BatchNorm is folded into the scales of rows. Layers whose inputs were rounded in training keep
+the ranges that it found; the others are found by each of three methods, and the one stays under which answers
+on calibration samples move least. The file is ONNX in integer operators, and its proof is that no bit of its
+answers differs from the interpreter's (``runtimes.integer``).
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ from rarefy.run.to_onnx import (
     Traced,
     beside_bytes,
     example_of,
+    looser,
+    ranges_said,
     write_beside,
 )
 from rarefy.runtimes.integer import Fake, IntegerFile, compiled, export_integer, multiplied
@@ -182,7 +185,8 @@ class IntegersAlone:
             shutil.rmtree(path)
         path.mkdir(parents=True)
         held = {site: trees[site] for site in plan if site in trees}
-        judge = Judge(network, replace(some(shown.calibration, CHOSEN), labels=None))
+        with network.as_trained():
+            judge = Judge(network, replace(some(shown.calibration, CHOSEN), labels=None))
         tried = []
         with tempfile.TemporaryDirectory() as folder:
             for place, method in enumerate(METHODS):
@@ -216,12 +220,15 @@ class IntegersAlone:
             apart = again.measure_live(Asking(session), data, effort)
             error = _relative(session, made, data)
         moved = distance(found)
-        bound = max(BOUND, LIVELY * (2 * moved) ** 0.5)  # a distance d is a relative error of the root of 2 d
+        # a distance d is a relative error of the root of 2 d
+        bound = max(BOUND * looser(made.network), LIVELY * (2 * moved) ** 0.5)
         if not error <= bound:
             raise TargetError(f"{FILE}: integers answer {error:.3g} from fake quantization (relative), more "
                               f"than {bound:.3g}; this is a bug: report it")
         means = {key: value for key, value in apart.items() if key.endswith("_mean")}
-        return {**said, "activations": f"integers of 8 bits, calibrated ranges ({made.ranges})",
+        places = made.file.network.places()
+        return {**said, "activations": f"integers of 8 bits, {ranges_said(places, made.ranges)}",
+                "ranges": dict(zip(("trained", "calibrated"), places, strict=True)),
                 "bits_differing": 0, "logit_error_vs_float": {**means, "relative_error": error,
                                                               "relative_error_allowed": bound}}
 
@@ -272,7 +279,7 @@ class IntegersAlone:
                 for site, tree in trees.items()}
         samples = self.shown_to.calibration if len(self.shown_to.calibration) else self.shown_to.evaluation
         batches = list(some(samples, RANGES).by_length().batches(BATCH))
-        whole = compiled(prepared.program, held, batches, method)
+        whole = compiled(prepared.program, held, batches, method, ranges=network.ranges)
         kept = {site: held[site] for site in multiplied(prepared.program)}
         return export_integer(whole, prepared.program, path), Fake(whole, prepared.program, kept)
 

@@ -4,7 +4,8 @@ Bytes of weights are foreseen by ``engines``, the rest by exporting a stand-in w
 
 Where every input of a layer can be rounded to 8 bits as well, integers multiply faster than floats. That is
 done when it moves answers on calibration samples by no more than the weights did, or by hardly anything.
-OpenVINO does it by itself for weights that are stored in few bits.
+Inputs that training rounded keep the ranges that it found; where they cannot, a warning says so. OpenVINO
+rounds by itself for weights that are stored in few bits.
 """
 
 from __future__ import annotations
@@ -170,6 +171,12 @@ class Traced:
         if done.notes:
             warnings.warn(f"{self.target.name} has no form as small for {len(done.notes)} weights: "
                           f"{done.notes[0]}", stacklevel=1)
+        unused = _unused(network, done)
+        if unused:
+            how = "rounded as they come" if done.settings.compute == "dynamic" else "floats"
+            warnings.warn(f"{self.target.name}: {len(unused)} of {len(network.ranges)} inputs that training "
+                          f"rounded are {how} here, {unused[0]} first: ranges that stand go with 8-bit "
+                          "weights, where rounding so moves answers little", stacklevel=1)
 
     def reopened(self, subject: Subject, path: Path) -> Subject | None:
         """What the file computes, by our own evaluation of what went into it."""
@@ -191,7 +198,8 @@ class Traced:
         # rounding flips last bits, and later layers amplify them, though not beyond what rounding itself does
         # (a distance d is a relative error of the root of 2 d); in a network that compression broke, beyond
         moved, rounds = distance(found), done.settings.compute != "float"
-        flipped = float("inf") if moved > BROKEN else max(ROUNDED, 2 * (2 * moved) ** 0.5)
+        least = ROUNDED * looser(self._made.network)
+        flipped = float("inf") if moved > BROKEN else max(least, 2 * (2 * moved) ** 0.5)
         agreed = verify(done, batches, engine=engine, tolerance=flipped if rounds else None)
         with Session(file, engine) as session:
             apart = again.measure_live(Asking(session), data, effort)
@@ -200,7 +208,7 @@ class Traced:
             raise TargetError(f"{file.name}: {engine} computes something else than the file says "
                               f"({drift:.3g} apart); this is a bug of the export: report it")
         means = {key: value for key, value in apart.items() if key.endswith("_mean")}
-        return {**said, "activations": _activations(done.settings),
+        return {**said, **_activations(done),
                 "logit_error_vs_float": {**means, "relative_error": agreed.error,
                                          "relative_error_allowed": agreed.bound}}
 
@@ -236,9 +244,11 @@ class Traced:
         raise TargetError(f"{opened.name}: a causal language model, which is traced with its cache")
 
     def _computes(self, network: Network) -> tuple[Compute, ...]:
-        """How activations could be rounded, the fastest first."""
+        """How activations could be rounded, as they were in training or else the fastest first."""
         if not self.engine.contrib:
             return ("static",)
+        if network.ranges:
+            return ("static", "dynamic")
         return ("static", "dynamic") if any(s.kernel for s in network.map.sites) else ("dynamic",)
 
     def _uses(self, opened: Opened, site: Site) -> tuple[Use, ...]:
@@ -265,14 +275,15 @@ class Traced:
             ranges = list(some(self.shown_to.calibration, RANGES).by_length().batches(BATCH))
         return (write or self.engine.write)(
             network.module, trees, folder / self.engine.file, inputs=self._example(), settings=settings,
-            calibration=ranges, program=self._program(network))
+            calibration=ranges, program=self._program(network), ranges=network.ranges)
 
     def _settings(self, network: Network, trees: Mapping[str, Node]) -> OnnxSettings:
         """How the file computes: in integers where that costs little, decided on calibration samples."""
         assert self.shown_to is not None
         plain = OnnxSettings(contrib=self.engine.contrib)
-        judge = Judge(network, replace(some(self.shown_to.calibration, CHOSEN), labels=None))
-        moved = judge.compare(network, trees.get).mean
+        with network.as_trained():
+            judge = Judge(network, replace(some(self.shown_to.calibration, CHOSEN), labels=None))
+            moved = judge.compare(network, trees.get).mean
         with tempfile.TemporaryDirectory() as folder:
             for compute in self._computes(network):
                 tried = []
@@ -326,10 +337,36 @@ def as_given(key: str, values: Tensor) -> Any:
     return values if key == "output" else {key: values}
 
 
-def _activations(settings: OnnxSettings) -> str:
+def _activations(done: Exported) -> dict[str, Any]:
     """How a receipt says it."""
-    return {"float": "floats", "dynamic": "8 bits, a scale for every token",
-            "static": f"8 bits, calibrated ranges ({settings.ranges})"}[settings.compute]
+    match done.settings.compute:
+        case "float":
+            return {"activations": "floats"}
+        case "dynamic":
+            return {"activations": "8 bits, a scale for every token"}
+        case "static":
+            return {"activations": f"8 bits, {ranges_said(done.places, done.settings.ranges)}",
+                    "ranges": dict(zip(("trained", "calibrated"), done.places, strict=True))}
+
+
+def ranges_said(places: tuple[int, int], method: str) -> str:
+    """Where ranges are from. places: how many training found, and how many calibration did by ``method``."""
+    trained, calibrated = places
+    said = f"calibrated ranges ({method})"
+    return f"ranges of training in {trained} places, {said} in {calibrated}" if trained else said
+
+
+def looser(network: Network) -> float:
+    """How much further a last bit may lead, behind layers that were trained on codes of few bits: a code of b
+    bits is 2^(8 - b) times as wide as one of 8, and its edge as many times as rarely met."""
+    return max((2 ** ((8 - span.bits) / 2) for span in network.ranges.values()), default=1.0)
+
+
+def _unused(network: Network, done: Exported) -> list[str]:
+    """Layers whose inputs training rounded, and the file does not as it did."""
+    reads = done.program.reads
+    kept = {done.program.sites[reads[name]].layer for name in done.trained}
+    return [layer for layer in network.ranges if layer not in kept]
 
 
 def example_of(shown: Shown) -> dict[str, Tensor]:

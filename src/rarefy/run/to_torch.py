@@ -143,7 +143,10 @@ class Torch:
         if not drift <= max(AGREEMENT, 0.5 * moved):
             raise TargetError(f"{path.name}: the kernels compute something else than the weights say "
                               f"({drift:.3g} apart); this is a bug: report it")
-        return {"name": "torch", "version": torch.__version__, **found,
+        kept = len(again.opened.ranges) if isinstance(again, Samples) else 0
+        said = {"activations": f"not rounded in the {kept} ranges of training, which the folder keeps for "
+                               "other targets"} if kept else {}
+        return {"name": "torch", "version": torch.__version__, **found, **said,
                 "logit_error_vs_float": {key: value for key, value in apart.items() if key.endswith("_mean")}}
 
     def beside(self, subject: Subject, path: Path, data: Any, work: Path, effort: Effort, stage: Stage

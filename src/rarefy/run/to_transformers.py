@@ -150,6 +150,9 @@ class Transformers:
         if done.notes:
             warnings.warn(f"transformers has no form as small for {len(done.notes)} weights: "
                           f"{done.notes[0]}", stacklevel=1)
+        if isinstance(opened, Network) and opened.ranges:
+            warnings.warn(f"transformers: checkpoints are written without ranges that stand; the inputs of "
+                          f"{len(opened.ranges)} layers that training rounded are floats", stacklevel=1)
 
     def reopened(self, subject: Subject, path: Path) -> Subject | None:
         """The network that the folder stands for, as this process wrote it."""

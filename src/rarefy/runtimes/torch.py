@@ -167,9 +167,10 @@ def load(ref: Path | str, *, into: nn.Module | None = None, dtype: torch.dtype =
 
     into: as for ``export.networks.opened``. exact, tokens: as for ``attach``.
     """
-    from rarefy.export.networks import live, opened, stored_trees
+    from rarefy.export.networks import live, opened, stored_trees, tell_unrounded
 
     model = opened(ref, into)
+    tell_unrounded(model)
     network: Any = live(model, dtype).requires_grad_(False)
     lowered = attach(network, stored_trees(model), exact=exact, tokens=tokens)
     network = rolled(network)

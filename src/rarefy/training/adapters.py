@@ -110,7 +110,7 @@ def adapted(network: Model | Network, kind: str, *, rank: int = 8, alpha: float 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind in BEHIND:
-            places = [path.removesuffix(".weight") for path in _paths(network, BEHIND[kind])]
+            places = _layers(network, BEHIND[kind])
             _put(module, places, rank)
             for name, value in module.named_parameters():
                 inside = any(name.startswith(f"{each}.") for each in whole)
@@ -163,25 +163,23 @@ def _config(network: Model | Network, kind: str, rank: int, alpha: float, whole:
 
     task = "CAUSAL_LM" if isinstance(network, Model) else "SEQ_CLS"
     also = sorted(whole) or None
-    every = [path.removesuffix(".weight") for path in _paths(network, None)]
     turned = any(site.transposed for site in network.map.sites)
     match kind:
         case "dora":
-            return LoraConfig(task_type=task, r=rank, lora_alpha=alpha, use_dora=True, target_modules=every,
-                              modules_to_save=also, fan_in_fan_out=turned)
+            return LoraConfig(task_type=task, r=rank, lora_alpha=alpha, use_dora=True,
+                              target_modules=_layers(network), modules_to_save=also, fan_in_fan_out=turned)
         case "ia3":
-            inner = [path.removesuffix(".weight") for path in _paths(network, ("down",))]
-            kv = [path.removesuffix(".weight") for path in _paths(network, ("k", "v"))]
-            return IA3Config(task_type=task, target_modules=[*kv, *inner], feedforward_modules=inner,
-                             modules_to_save=also, fan_in_fan_out=turned)
+            inner = _layers(network, ("down",))
+            return IA3Config(task_type=task, target_modules=[*_layers(network, ("k", "v")), *inner],
+                             feedforward_modules=inner, modules_to_save=also, fan_in_fan_out=turned)
         case "prefix":
             return PrefixTuningConfig(task_type=task, num_virtual_tokens=rank)
     raise RecipeError(f"adapter {kind!r}: choose one of {', '.join(KINDS)}")
 
 
-def _paths(network: Model | Network, roles: tuple[str, ...] | None) -> list[str]:
-    """Weights in blocks, of some roles (None: all)."""
-    found = [site.path for site in network.map.sites
+def _layers(network: Model | Network, roles: tuple[str, ...] | None = None) -> list[str]:
+    """Layers in blocks, of some roles (None: all)."""
+    found = [site.layer for site in network.map.sites
              if site.block is not None and (roles is None or site.role in roles)]
     if not found:
         raise RecipeError(f"{network.name}: has no blocks with {' and '.join(roles or ('weights',))} to put "

@@ -18,7 +18,6 @@ section 3.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,8 +38,8 @@ class Blockwise:
     """How to train each block.
 
     sequences: of text, as many at most. epochs: times that they are seen. batch: sequences of a step. rate:
-    of weights. where: globs over the paths of sites; the others stay as they are. seed: of the order of
-    batches.
+    of weights. where: globs over the paths of sites, or ``role:NAME``; the others stay as they are. seed: of
+    the order of batches.
     """
 
     sequences: int = 256
@@ -92,24 +91,16 @@ def reconstruct(model: Model, technique: Trainer, tokens: Tensor, settings: Bloc
     for index in range(runner.blocks):
         with torch.no_grad():
             wanted = [original.block(index, *each) for each in zip(wanted, contexts, strict=True)]
-        sites = [site for site in model.map.in_block(index) if _matches(site, settings.where)]
+        sites = [site for site in model.map.in_block(index) if any(map(site.matches, settings.where))]
         softs = {site: _softened(model, site, (before or {}).get(site.path), technique, generator)
                  for site in sites}
         block = _Block(runner, index, softs)
-        start, held = block.error(arrives, wanted, contexts), block.state()
-        block.train(arrives, wanted, contexts, settings, generator)
-        after = block.error(arrives, wanted, contexts)
-        if after != after:
-            raise TrainingError(f"block {index}: the error is no longer a number; lower the rate "
-                                f"({settings.rate:g})")
-        if after > start:  # codes that were chosen well may lose more by moving than few steps can give back
-            block.restore(held)
-            after = start
+        went = block.learn(arrives, wanted, contexts, settings, generator)
         trees |= block.harden()
         with torch.no_grad():
             arrives = [block(*each) for each in zip(arrives, contexts, strict=True)]
         if advance is not None:
-            advance(Reconstructed(index, start, after))
+            advance(went)
     if not trees:
         raise RecipeError(f"pattern {', '.join(settings.where)}: matches no matrix inside a block")
     return trees
@@ -136,6 +127,20 @@ class _Block:
         lost = sum(float((self(x, context) - y).square().sum())
                    for x, y, context in zip(arrives, wanted, contexts, strict=True))
         return lost / max(sum(float(y.square().sum()) for y in wanted), 1e-30)
+
+    def learn(self, arrives: Sequence[Tensor], wanted: Sequence[Tensor], contexts: Sequence[Context],
+              settings: Blockwise, generator: torch.Generator) -> Reconstructed:
+        """Train, and go back if the error did not fall."""
+        before, held = self.error(arrives, wanted, contexts), self.state()
+        self.train(arrives, wanted, contexts, settings, generator)
+        after = self.error(arrives, wanted, contexts)
+        if after != after:
+            raise TrainingError(f"block {self.index}: the error is no longer a number; lower the rate "
+                                f"({settings.rate:g})")
+        if after > before:  # codes that were chosen well may lose more by moving than few steps can give back
+            self.restore(held)
+            after = before
+        return Reconstructed(self.index, before, after)
 
     def train(self, arrives: Sequence[Tensor], wanted: Sequence[Tensor], contexts: Sequence[Context],
               settings: Blockwise, generator: torch.Generator) -> None:
@@ -183,8 +188,3 @@ def _softened(model: Model, site: Site, tree: Node | None, technique: Trainer, g
     original = model.weight(site.path)
     leaf = Leaf(site.path, Dense(original) if tree is None else tree, original, None, None, site.kernel)
     return soften(leaf, frozenset(), technique, generator)
-
-
-def _matches(site: Site, patterns: Sequence[str]) -> bool:
-    return any(site.role == pattern.removeprefix("role:") or fnmatch.fnmatchcase(site.path, pattern)
-               for pattern in patterns)

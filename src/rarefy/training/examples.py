@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import DataError
+from rarefy.models.form import MASK
 from rarefy.training.loop import Batch, Examples
 
-MASK = "attention_mask"
 LABELS = "labels"
 IGNORED = -100  # a position without a label
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from rarefy.calibration.samples import fast_bfloat16
 from rarefy.core.errors import DataError, RecipeError, TrainingError
 from rarefy.core.tune import Soft
+from rarefy.training.activations import Activations
 
 Batch = dict[str, Tensor]
 Gate = Callable[[], float]
@@ -414,7 +415,7 @@ def _synchronized(accelerator: Any, model: Any, last: bool) -> Iterator[None]:
 def _groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
     """Parameters by how fast they learn and whether they decay."""
     paces = {f"{name}.{own}" if name else own: pace for name, part in task.named_modules()
-             if isinstance(part, Soft) for own, pace in part.paces().items()}
+             if isinstance(part, Soft | Activations) for own, pace in part.paces().items()}
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, value in task.named_parameters():
         if value.requires_grad:

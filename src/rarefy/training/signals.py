@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from rarefy.core.errors import RecipeError
 from rarefy.core.signals import Objective, Signals, Top
+from rarefy.models.form import MASK
 from rarefy.models.hooks import hooked
 from rarefy.models.map import Map
 from rarefy.models.model import Model
-from rarefy.training.examples import IGNORED, LABELS, MASK
+from rarefy.models.network import TENSOR
+from rarefy.training.examples import IGNORED, LABELS
 from rarefy.training.loop import Batch
 from rarefy.training.student import Student, Trainable, module_of
 
@@ -148,7 +150,7 @@ def kept(batch: Batch) -> Signals:
 def _projections(map_: Map, needs: frozenset[str], name: str) -> dict[str, tuple[str, ...]]:
     """Modules that make queries, keys and values, block by block, where they are wanted."""
     roles = "qkv" if "relations" in needs else "qk" if "attention" in needs else ""
-    found = {role: tuple(site.path.removesuffix(".weight") for site in map_.sites
+    found = {role: tuple(site.layer for site in map_.sites
                          if site.role == role and site.block is not None) for role in roles}
     if any(not paths for paths in found.values()):
         raise RecipeError(f"{name}: has no separate queries, keys and values to look at; use soft_labels or "
@@ -167,8 +169,8 @@ def _caught(module: nn.Module, wanted: Mapping[str, tuple[str, ...]]) -> Iterato
 
 
 def _caller(module: nn.Module) -> Callable[..., Any]:
-    return lambda inputs, **extra: module(*[v for k, v in inputs.items() if k == "0"],
-                                          **{k: v for k, v in inputs.items() if k != "0"}, **extra)
+    return lambda inputs, **extra: module(*[v for k, v in inputs.items() if k == TENSOR],
+                                          **{k: v for k, v in inputs.items() if k != TENSOR}, **extra)
 
 
 def _size(network: Trainable) -> tuple[int, int]:

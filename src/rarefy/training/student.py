@@ -26,10 +26,10 @@ from rarefy.core.nodes import Node
 from rarefy.core.tune import Soft
 from rarefy.models.map import Map, Site
 from rarefy.models.model import Model
+from rarefy.models.network import TENSOR
 from rarefy.training.activations import Activations
 from rarefy.training.loop import Batch, Loss, Task
 
-POSITIONAL = "0"  # the name of an input that is passed by position
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -85,9 +85,9 @@ class Student(nn.Module):
         self._lists = _block_lists(network) if checkpointing else ()
 
     def forward(self, inputs: Mapping[str, Tensor], **settings: Any) -> Any:
-        """What the network returns; inputs by name, or by position under the name "0"."""
-        args = tuple(value for name, value in inputs.items() if name == POSITIONAL)
-        named: dict[str, Any] = {name: value for name, value in inputs.items() if name != POSITIONAL}
+        """What the network returns; inputs by name, one by position under the name ``TENSOR``."""
+        args = tuple(value for name, value in inputs.items() if name == TENSOR)
+        named: dict[str, Any] = {name: value for name, value in inputs.items() if name != TENSOR}
         named.update(settings)
         if not (self._lists and self.training):
             with nullcontext() if self.activations is None else self.activations.on(self.network):

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rarefy.models.form import MASK
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.runner import Runner
 from rarefy.numerics.divergences import top
-from rarefy.training.examples import MASK, Answered
+from rarefy.training.examples import Answered
 from rarefy.training.loop import Examples
 from rarefy.training.signals import INDEX, ROWS, VALUES, inputs_of
 
@@ -32,7 +33,8 @@ def answered(teacher: Model | Network, examples: Examples, folder: Path, *, k: i
              classes: int | None = None, advance: Advance | None = None) -> Answered:
     """``examples`` with what ``teacher`` says of them, from ``folder`` if it was asked before.
 
-    classes: columns of the head that are words (those behind are padding).
+    folder: of this teacher alone. k: how many tokens of a language model's answer are kept. classes: columns
+    of the head that are words (those behind are padding).
     """
     path = folder / f"teacher-{examples.digest()}-{k if isinstance(teacher, Model) else 'rows'}.pt"
     if not path.is_file():

@@ -53,9 +53,9 @@ class Tuning:
     """What moves and what does not.
 
     moves: any of MOVES. technique: of scope "training", for the leaves that it edits. where: globs over the
-    paths of sites that train; the others stand still. whole: globs over paths that train as they are,
-    whatever else moves (a new head). evidence: by site, for techniques that ask for it. dropout: whether the
-    network's own is on. activations: which inputs of layers are rounded meanwhile (None: none).
+    paths of sites that train, or ``role:NAME``; the others stand still. whole: globs over paths that train as
+    they are, whatever else moves (a new head). evidence: by site, for techniques that ask for it. dropout:
+    whether the network's own is on. activations: which inputs of layers are rounded meanwhile (None: none).
     """
 
     moves: frozenset[str] = frozenset({"everything"})
@@ -145,9 +145,8 @@ def student_of(network: Trainable, trees: Mapping[str, Node], tuning: Tuning, se
 def _layers(network: Trainable, module: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """The layers that multiply with a site that matches, in the network's order."""
     parts, chosen = dict(module.named_modules()), _chosen(network.map.sites, patterns)
-    names = [site.path.removesuffix("weight").removesuffix(".") for site in network.map.sites
-             if site.path in chosen]
-    return tuple(name for name in names if not isinstance(parts[name], nn.Embedding))
+    return tuple(site.layer for site in network.map.sites
+                 if site.path in chosen and not isinstance(parts[site.layer], nn.Embedding))
 
 
 def _follow(part: Following, path: str, network: Trainable, softs: Mapping[str, tuple[Site, Soft]]) -> None:
@@ -183,8 +182,7 @@ def _chosen(sites: Sequence[Site], patterns: Sequence[str]) -> set[str]:
     """Paths that any pattern matches; RecipeError for one that matches none."""
     found: set[str] = set()
     for pattern in patterns:
-        hits = {site.path for site in sites if site.role == pattern.removeprefix("role:")
-                or fnmatch.fnmatchcase(site.path, pattern)}
+        hits = {site.path for site in sites if site.matches(pattern)}
         if not hits:
             raise RecipeError(f"pattern {pattern!r} matches no weight"
                               f"{did_you_mean(pattern, [site.path for site in sites])}")

@@ -3,7 +3,8 @@
 What a value is held in follows from who reads it: multiplications want codes of 8 bits, everything else wide
 ones. A value that both kinds read is made wide, and rounded to 8 bits for the multiplications; that is also
 what training with rounded activations sees (``training.activations``): inputs of layers are rounded, sums on
-the residual path are not.
+the residual path are not. Layers whose inputs training rounded get the codes that it found; where several
+read one value in different codes, the value is wide, and each rounds it as it was trained to.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node as FxNode
 
-from rarefy.core.errors import TargetError, did_you_mean
+from rarefy.core.errors import TargetError
 from rarefy.core.nodes import Node
 from rarefy.export.onnx import stored_tensors
 from rarefy.export.program import Program, Values, activation_ranges
@@ -51,6 +52,7 @@ from rarefy.runtimes.integer.steps import (
 )
 
 Op = Any  # of torch.fx, which has no types for the arguments of its nodes
+Wish = Range | Literal["calibrated", "wide"]  # the codes in which a reader wants a value
 ALIASES = frozenset({"clone", "dropout", "alias", "detach", "contiguous"})
 MOVES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "transpose", "permute", "select", "slice",
                    "unsqueeze", "squeeze", "expand"})
@@ -67,27 +69,22 @@ def compiled(program: Program, trees: Mapping[str, Node], calibration: Sequence[
 
     trees: 8-bit symmetric codes with one scale a row for every site that ``multiplied`` names. calibration,
     method: as for static 8-bit activations. ranges: of the inputs of layers, by the layer's name, where
-    training found them (``Activations.ranges``). erf: the polynomial of GELU. TargetError names the operator
+    training found them (``Tuned.ranges``). erf: the polynomial of GELU. TargetError names the operator
     or the weight that has no integer form.
     """
     for path in multiplied(program):
         if path not in trees or not computable(trees[path]):
             raise TargetError(f"{path}: integer arithmetic needs codes of at most 8 bits, symmetric, with "
                               "one scale a row; quantize it on int8")
-    layers = {path.removesuffix(".weight"): path for path in program.sites}
-    given = dict(ranges or {})
-    for layer in given:
-        if layer not in layers:
-            raise TargetError(f"{layer}: no such layer{did_you_mean(layer, list(layers))}")
+    trained = program.trained(ranges or {})
     ops = program.exported.graph.nodes
     for op in ops:
         if _kind(op) == "softmax":
             raise TargetError(f"{op.name}: attention has an integer form where it is one operator; trace the "
                               "network with fused=True")
     found = activation_ranges(program, calibration, stored_tensors(program, trees), [op.name for op in ops],
-                              method)
-    return _Compiler(program, trees, found, {layers[name]: span for name, span in given.items()},
-                     erf).network()
+                              method, trained)
+    return _Compiler(program, trees, found, trained, erf).network()
 
 
 def multiplied(program: Program) -> frozenset[str]:
@@ -97,7 +94,10 @@ def multiplied(program: Program) -> frozenset[str]:
 
 
 class _Compiler:
-    """Walks the program once and writes a step or two per operation."""
+    """Walks the program once and writes a step or two per operation.
+
+    ranges: of all values, calibrated. trained: of what an operator reads, by the operator.
+    """
 
     def __init__(self, program: Program, trees: Mapping[str, Node], ranges: dict[str, Range],
                  trained: Mapping[str, Range], erf: Erf) -> None:
@@ -107,51 +107,48 @@ class _Compiler:
         self.renamed: dict[str, str] = {}  # a value -> the step that makes it
         self.constants: dict[str, Tensor] = {}
         self.own = {**program.exported.state_dict, **program.exported.constants}
-        self.reads, self.eight = program.reads, set[str]()
-        self._adopt(trained)
+        specs = program.exported.graph_signature.input_specs
+        self.stored = {spec.arg.name: spec.target for spec in specs if spec.target is not None}
+        self.inputs = tuple(spec.arg.name for spec in specs if spec.target is None)
+        self.reads, self.trained = program.reads, trained
+        self.eight: dict[str, Range | None] = {}  # values in 8 bits alone; the ranges that training found
+        self.rescaled: dict[tuple[str, Code], str] = {}
+        self.found = set[str]()  # the values, or their codes, that are read as they were trained to be
         self._choose()
 
-    def _adopt(self, trained: Mapping[str, Range]) -> None:
-        """Ranges of layers' inputs that training found take the place of calibrated ones."""
-        adopted: dict[str, Range] = {}
-        for op in self._ops():
-            span = trained.get(self.reads.get(op.name, ""))
-            if span is None:
-                continue
-            source = op.args[0]
-            while isinstance(source, FxNode):
-                before = adopted.get(source.name)
-                adopted[source.name] = span if before is None else span.joined(before)
-                source = source.args[0] if _kind(source) in PASSING else None
-        self.ranges |= adopted
-
     def _choose(self) -> None:
-        """Which values nothing but multiplications read."""
-        wanted: dict[str, set[str]] = {}
+        """Which values nothing but multiplications read, all in the same codes."""
+        wanted: dict[str, set[Wish]] = {}
+        needed = _needed(self.program)
         for op in reversed(self._ops()):
             here = wanted.setdefault(op.name, {"wide"} if op.name == self.program.answer else set())
-            for user in filter(_floats, op.users):
+            for user in (user for user in op.users if _floats(user) and user in needed):
                 match _kind(user):
                     case kind if kind in MULTIPLYING:
-                        here.add("eight")
+                        here.add(self.trained.get(user.name, "calibrated"))
                     case kind if kind in PASSING:
                         here |= wanted[user.name]
                     case _:
                         here.add("wide")
-            if here == {"eight"}:
-                self.eight.add(op.name)
+            match list(here):
+                case ["calibrated"]:
+                    self.eight[op.name] = None
+                case [Range() as span]:
+                    self.eight[op.name] = span
+
+    def _span(self, name: str) -> Range:
+        """What the 8-bit codes of a value span."""
+        return self.eight.get(name) or self.ranges[name]
 
     def _ops(self) -> list[Op]:
         return list(self.program.exported.graph.nodes)
 
     def network(self) -> IntegerNetwork:
         """All steps."""
-        specs = self.program.exported.graph_signature.input_specs
-        inputs = tuple(spec.arg.name for spec in specs if spec.target is None)
         needed = _needed(self.program)
         for op in self._ops():
-            if op.op == "placeholder" and _floats(op) and op.name in inputs:
-                self.codes[op.name] = Code.eight(self.ranges[op.name])
+            if op.op == "placeholder" and _floats(op) and op.name in self.inputs:
+                self.codes[op.name] = Code.eight(self._span(op.name))
             if op.op != "call_function" or op not in needed:
                 continue
             if _floats(op):
@@ -159,8 +156,8 @@ class _Compiler:
             else:
                 self._whole(op)
         answer = self._name(self.program.answer)
-        return IntegerNetwork(tuple(self.steps), inputs, self.codes, self.constants, answer,
-                              self.program.key)
+        return IntegerNetwork(tuple(self.steps), self.inputs, self.codes, self.constants, answer,
+                              self.program.key, frozenset(self.found))
 
     # ---- operations
 
@@ -195,7 +192,7 @@ class _Compiler:
             case "relu":
                 self._relu(op)
             case "max_pool2d":
-                name, code = self._read(op.args[0], eight=op.name in self.eight)
+                name, code = self._passed(op)
                 self._write(Largest(op.name, (name,), code, _window(op)))
             case "avg_pool2d" | "mean" as kind:
                 self._mean(op, kind)
@@ -215,7 +212,10 @@ class _Compiler:
         site = self.program.sites[self.reads[op.name]]
         found = integers(self.trees[site.path])
         assert found is not None
-        name, given = self._read(op.args[0], eight=True)
+        span = self.trained.get(op.name)
+        name, given = self._read(op.args[0], eight=True, span=span)
+        if span is not None:
+            self.found.add(name)
         made, code = self._made(op)
         added = op.args[2] if len(op.args) > 2 else None
         weight, bias, scale = _sums(found, given, None if added is None else self._param(added))
@@ -261,7 +261,7 @@ class _Compiler:
                        for each, default in zip((*op.args[2:4], None, None)[:2], (np.ones(1), np.zeros(1)),
                                                 strict=True))
         epsilon = float(op.args[4]) if len(op.args) > 4 else 1e-5
-        self.eight.discard(op.name)  # its bias is on the scale of what it makes
+        self.eight.pop(op.name, None)  # its bias is on the scale of what it makes
         made, code = self._made(op)
         width = int(shape[0])
         floor = min(round(epsilon * width / given.scale**2), 1 << 36)
@@ -277,7 +277,7 @@ class _Compiler:
 
     def _tanh(self, op: Op) -> None:
         name, given = self._read(op.args[0], eight=False)
-        self.eight.discard(op.name)
+        self.eight.pop(op.name, None)
         code = Code(2.0**-TANH, 0, -LIMIT, LIMIT)
         self._write(Tanh(op.name, (name,), code, Fixed.of(2 * given.scale / UNIT)))
 
@@ -292,7 +292,7 @@ class _Compiler:
     def _relu(self, op: Op) -> None:
         if op.name in self.codes:
             return  # what makes its input does it
-        name, code = self._read(op.args[0], eight=op.name in self.eight)
+        name, code = self._passed(op)
         self._write(Relu(op.name, (name,), code))
 
     def _mean(self, op: Op, kind: str) -> None:
@@ -313,7 +313,7 @@ class _Compiler:
 
     def _move(self, op: Op) -> None:
         """Codes change places, not values."""
-        name, code = self._read(op.args[0], eight=op.name in self.eight)
+        name, code = self._passed(op)
         target = torch.ops.aten.reshape.default if _kind(op) in ("view", "_unsafe_view") else op.target
         rest = tuple(self._whole_name(each) for each in op.all_input_nodes if each is not op.args[0])
         self._call(op, target, (name, *rest))
@@ -335,37 +335,41 @@ class _Compiler:
         if op.name not in self.eight:
             return op.name, Code.wide(self.ranges[op.name])
         users = list(op.users)
-        if len(users) == 1 and _kind(users[0]) == "relu" and self.ranges[users[0].name].zero == 0:
+        if len(users) == 1 and _kind(users[0]) == "relu" and self._span(users[0].name).zero == 0:
             self.renamed[op.name] = users[0].name
-            return users[0].name, Code.eight(self.ranges[users[0].name])
-        return op.name, Code.eight(self.ranges[op.name])
+            return users[0].name, Code.eight(self._span(users[0].name))
+        return op.name, Code.eight(self._span(op.name))
 
-    def _read(self, source: Any, *, eight: bool | None = None) -> tuple[str, Code]:
-        """The name and the codes under which an operation reads a value; None: any codes."""
+    def _passed(self, op: Op) -> tuple[str, Code]:
+        """What an operation reads that leaves codes as they are."""
+        return self._read(op.args[0], eight=op.name in self.eight, span=self.eight.get(op.name))
+
+    def _read(self, source: Any, *, eight: bool | None = None, span: Range | None = None) -> tuple[str, Code]:
+        """The name and the codes under which an operation reads a value; None: any codes. span: of 8-bit
+        codes, where they are to be no others."""
         name = self._name(source.name)
         code = self.codes[name]
-        if not eight or code.dtype == torch.uint8:
+        made = Code.eight(span or self.ranges[source.name])
+        if not eight or code == made or (span is None and code.dtype == torch.uint8):
             return name, code
-        rounded = f"{name}.codes"
-        if rounded not in self.codes:
-            made = Code.eight(self.ranges[source.name])
+        if (name, made) not in self.rescaled:
+            others = sum(1 for each, _ in self.rescaled if each == name)
+            rounded = f"{name}.codes{others or ''}"
             self._write(Rescale(rounded, (name,), made, code.zero, Fixed.of(code.scale / made.scale)))
-        return rounded, self.codes[rounded]
+            self.rescaled[name, made] = rounded
+        return self.rescaled[name, made], made
 
     def _whole_name(self, op: Any) -> str:
         """The name of a whole number or tensor; constants are kept once something reads them."""
-        specs = {spec.arg.name: spec.target for spec in self.program.exported.graph_signature.input_specs}
-        if specs.get(op.name) is not None:
-            self.constants[op.name] = self.own[specs[op.name]].detach()
+        if op.name in self.stored:
+            self.constants[op.name] = self.own[self.stored[op.name]].detach()
         return self._name(op.name)
 
     def _name(self, name: str) -> str:
         return self.renamed.get(name, name)
 
     def _param(self, op: Any) -> Tensor:
-        specs = self.program.exported.graph_signature.input_specs
-        path = next(spec.target for spec in specs if spec.arg.name == op.name)
-        values: Tensor = self.own[path]
+        values: Tensor = self.own[self.stored[op.name]]
         return values.detach()
 
 

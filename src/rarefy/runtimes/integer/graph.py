@@ -252,7 +252,10 @@ class _Writer:
         if code is None:
             return given
         scale = self.words.constant(np.array(code.scale), np.float32)
-        return self.graph.add("QuantizeLinear", given, scale, self.words.constant(code.zero, np.uint8))
+        codes = self.graph.add("QuantizeLinear", given, scale, self.words.constant(code.zero, np.uint8))
+        if code.high == 255:
+            return codes
+        return self.graph.add("Clip", codes, "", self.words.constant(code.high, np.uint8))
 
     def _answer(self) -> None:
         code = self.network.codes_of[self.network.answer]

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from rarefy.runtimes.integer.steps import Code, Made, Step
+from rarefy.runtimes.integer.steps import Attention, Code, Convolution, Linear, Made, Step
 
 
 @dataclass(frozen=True, eq=False)
 class IntegerNetwork:
     """inputs: names, in the network's order. codes_of: what the codes of each value stand for. constants:
     whole numbers that steps read (positions). answer: the value that is the answer. key: what the network
-    calls it."""
+    calls it. trained: values whose codes training found."""
 
     steps: tuple[Step, ...]
     inputs: tuple[str, ...]
@@ -27,6 +27,7 @@ class IntegerNetwork:
     constants: Mapping[str, Tensor]
     answer: str
     key: str
+    trained: frozenset[str] = frozenset()
 
     def codes(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs as integers, by the names of the steps."""
@@ -49,6 +50,13 @@ class IntegerNetwork:
     def answers(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the codes of the answer stand for."""
         return self.codes_of[self.answer].values(self.run(self.codes(inputs)))
+
+    def places(self) -> tuple[int, int]:
+        """How many values multiplications read in codes that training found, and how many in calibrated
+        ones."""
+        read = {name for step in self.steps if isinstance(step, Linear | Convolution | Attention)
+                for name in step.reads if name in self.codes_of}
+        return len(read & self.trained), len(read - self.trained)
 
     def makers(self) -> dict[str, Made]:
         """The steps whose results are codes, by name."""

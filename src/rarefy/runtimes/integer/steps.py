@@ -62,8 +62,8 @@ class Code:
 
     @classmethod
     def eight(cls, span: Range) -> Code:
-        """Unsigned, 8 bits."""
-        return cls(span.scale, span.zero, 0, 255)
+        """Unsigned, in 8 bits; training may have left most of the 256 codes out."""
+        return cls(span.scale, span.zero, 0, span.top)
 
     @classmethod
     def wide(cls, span: Range) -> Code:
