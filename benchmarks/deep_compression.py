@@ -110,7 +110,7 @@ def main() -> None:
                 ledger.put(key, hashed(digits) if name == "hashed" else deep(name, digits, work / name))
             found[name] = ledger.get(key)
     write_page(PAGE, "Deep Compression and HashedNets", "python benchmarks/deep_compression.py",
-               [data_said(digits), *deep_said(found), hashed_said(found["hashed"])])
+               [f"{data_said(digits)} One seed each.", *deep_said(found), hashed_said(found["hashed"])])
 
 
 # ---- data and training ---------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def data_said(digits: Digits) -> str:
     source = (f"MNIST's test set alone, split by a seed: {parts}. The papers train on 60,000 images, so "
               "their errors are lower from the start; what compares is what each stage does to them"
               if digits.split else f"MNIST, {parts}")
-    return (f"Data: {source}. One seed each; at an error of 2%, chance alone moves it by {slack:.2f} points "
+    return (f"Data: {source}. At an error of 2%, chance alone moves it by {slack:.2f} points "
             "(one standard error). No stage looks at the images that judge.")
 
 
