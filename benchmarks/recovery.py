@@ -200,25 +200,23 @@ def _settings(steps: int, rate: float) -> Any:
 
 def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
     head = (f"Gemma-3-270M with its channels relabelled, one thread, {steps} steps of {BATCH} windows of "
-            f"{LENGTH} tokens of WikiText-2's validation text. KL is on {JUDGED} windows of its test text. "
-            "Minutes are those of a machine with other work.")
+            f"{LENGTH} tokens of WikiText-2's validation text. KL is on {JUDGED} windows of its test text.")
     parts = [head]
     recoveries = [(name, f"{RECOVERIES[name]} and norms", f"{each['before']:.3f}", f"{each['after']:.3f}",
-                   f"{1 - each['after'] / each['before']:.0%}", f"{each['seconds'] / 60:.1f}")
+                   f"{1 - each['after'] / each['before']:.0%}")
                   for name, each in found.items() if name in RECOVERIES]
     if recoveries:
-        parts += ["## Recovery", table(("blocks", "what learns", "KL before", "after", "closed", "minutes"),
-                                       recoveries)]
+        parts += ["## Recovery", table(("blocks", "what learns", "KL before", "after", "closed"), recoveries)]
         asked = [row[0] for row in recoveries if not row[0].startswith("GPTQ")]
         missed = [name for name in asked if found[name]["after"] > 0.5 * found[name]["before"]]
         parts.append("The goal, half of the KL that compression opened, is " +
                      (f"missed for {', '.join(missed)}." if missed else f"met for {', '.join(asked)}.") +
                      " GPTQ's rows ask another question: whether training beats the best that rounding after "
                      "training does.")
-    tunings = [(name, f"{each['before']:.3f}", f"{each['after']:.3f}", f"{each['peak'] / 1e6:.0f} MB",
-                f"{each['seconds'] / 60:.1f}") for name, each in found.items() if name in TUNINGS]
+    tunings = [(name, f"{each['before']:.3f}", f"{each['after']:.3f}", f"{each['peak'] / 1e6:.0f} MB")
+               for name, each in found.items() if name in TUNINGS]
     if tunings:
-        titles = ("what moves", "loss of the first batch", "loss held out", "peak memory", "minutes")
+        titles = ("what moves", "loss of the first batch", "loss held out", "peak memory")
         parts += ["## Fine-tuning", table(titles, tunings)]
     if {"LoRA", "full"} <= found.keys():
         apart = [f"{name} {found[name]['after'] / found['LoRA']['after'] - 1:+.1%}, at "
