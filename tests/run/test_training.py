@@ -14,7 +14,8 @@ from rarefy.core.errors import DataError, RarefyError, RecipeError
 from rarefy.models.model import Model
 from rarefy.models.network import Network
 from rarefy.models.opening import open_any
-from rarefy.run.lessons import Term
+from rarefy.run import lessons
+from rarefy.run.lessons import Lesson, Term, material
 from rarefy.run.training import Training, train, with_recipe
 from rarefy.training.loop import Settings
 
@@ -39,6 +40,17 @@ def another_task(source: Path, table: Path) -> Path:
     rows = [line.split("\t")[0] for line in source.read_text().splitlines()[1:]]
     table.write_text("sentence\tlabel\n" + "".join(f"{row}\t{int('not' in row.split())}\n" for row in rows))
     return table
+
+
+def test_a_tenth_is_held_back_and_no_more_than_judges_need(tiny_encoder: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    network, table = open_any(tiny_encoder), (str(tiny_encoder / "train.tsv"),)
+    found = material(Lesson(data=table, settings=SETTINGS), network, distils=False)
+    count = len(found.train) + len(found.held)
+    assert len(found.held) == round(0.1 * count) > 5
+    monkeypatch.setattr(lessons, "ASIDE", 5)
+    found = material(Lesson(data=table, settings=SETTINGS), network, distils=False)
+    assert len(found.held) == 5 and len(found.train) == count - 5
 
 
 @PEFT_WARNS

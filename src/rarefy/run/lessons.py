@@ -27,6 +27,7 @@ from rarefy.training.teacher import answered
 
 LENGTH = 256  # tokens of a window
 HELD = 0.1  # share of the data that judges, where the user names no other
+ASIDE = 2000  # examples that judge at most: ten judgements of more take longer than a short training
 MOST = 4096  # windows of text
 BESIDES = 64  # windows that judge
 Losses = tuple[tuple[float, Objective], ...]
@@ -81,7 +82,8 @@ def material(lesson: Lesson, network: Model | Network, *, distils: bool,
     if len(lesson.data) != 1 or len(lesson.held) > 1:
         raise DataError("pass one table of sentences (and labels) to train on, and at most one to judge on")
     parts = [_rows(network, ref, avoid) for ref in (*lesson.data, *lesson.held)]
-    train, aside = (parts[0], parts[1]) if lesson.held else parts[0].split(HELD, lesson.settings.seed)
+    share = min(HELD, ASIDE / max(1, len(parts[0])))
+    train, aside = (parts[0], parts[1]) if lesson.held else parts[0].split(share, lesson.settings.seed)
     labels: tuple[str, ...] = network.form.labels
     if LABELS in parts[0].tensors and network.form.gives == "embedding":
         labels = tuple(str(k) for k in range(int(parts[0].tensors[LABELS].max()) + 1))
