@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from rarefy.core.codebooks import Clustered
 from rarefy.core.errors import RecipeError
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
+from rarefy.models.hooks import hooked
 from rarefy.models.model import Model, open_model
 from rarefy.models.network import Network
 from rarefy.numerics.grids import integer_grid
@@ -20,9 +22,9 @@ from rarefy.numerics.rounding import encode, fit
 from rarefy.techniques.distill.forward_kl import ForwardKL
 from rarefy.techniques.distill.hard_labels import HardLabels
 from rarefy.training.examples import Rows
-from rarefy.training.loop import Settings
+from rarefy.training.loop import Settings, held_out
 from rarefy.training.signals import Distillation
-from rarefy.training.student import Student
+from rarefy.training.student import Learning, Student
 from rarefy.training.tune import Tuning, student_of, tune
 
 SETTINGS = Settings(steps=12, batch=16, rate=3e-3, precision="float32")
@@ -154,6 +156,29 @@ def test_scales_move_by_a_share_of_themselves() -> None:
     pace = student.soft(SITE).paces()["moving_scale"]
     scale = student.soft(SITE).get_parameter("moving_scale").detach().square().mean().sqrt()
     assert pace == pytest.approx(10 * float(scale))
+
+
+def test_a_judgement_computes_every_weight_once() -> None:
+    network, rows, settings = encoder(), texts(), replace(SETTINGS, batch=4)
+    student = student_of(network, {SITE: tree("quantized", network.weight(SITE))},
+                         Tuning(frozenset({"scales"})), settings)
+    assert isinstance(student, Student)
+    task = Learning(student, Distillation(network, None, ((1.0, HardLabels()),)))
+    calls: list[int] = []
+
+    def said() -> float:
+        calls.clear()
+        with torch.no_grad(), hooked([(student.soft(SITE), lambda *_: calls.append(1))]):
+            return held_out(task.eval(), rows, settings)()
+
+    first = said()
+    assert len(calls) == 1 < len(rows) // settings.batch
+    with torch.no_grad():
+        student.soft(SITE).get_parameter("moving_scale").mul_(3)
+    assert said() != first and len(calls) == 1
+    with torch.no_grad():
+        one_by_one = sum(float(task(rows.batch(index)).total) for index in torch.arange(len(rows)).split(4))
+    assert said() == pytest.approx(one_by_one / len(rows), rel=1e-5)
 
 
 def test_what_cannot_be_tuned_is_named() -> None:

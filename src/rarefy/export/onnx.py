@@ -249,7 +249,7 @@ def quantization(program: Program, trees: Mapping[str, Node], compute: Compute) 
     passing: dict[str, str] = {}
     for node in program.proto.graph.node:
         used = graph.use(node)
-        if used is not None and used.reads in graph.named and _in_integers(
+        if used is not None and used.reads in graph.values and _in_integers(
                 used, trees[used.path], compute, alone=used.path not in looked_up):
             operators[graph.result(node)] = used.reads
             if used.kind == "Conv":
@@ -261,7 +261,7 @@ def quantization(program: Program, trees: Mapping[str, Node], compute: Compute) 
             if node.op_type in PASSING - FUSED or node.op_type == "MaxPool":
                 passing[node.output[0]] = node.input[0]
     kept = frozenset(name for name in chain if name != program.answer and not graph.swallowed(name)
-                     and name in graph.named)
+                     and name in graph.values)
     return Quantization(operators, kept, {name: _source(name, passing, kept) for name in passing
                                           if name in kept and _source(name, passing, kept)})
 
@@ -317,7 +317,6 @@ class _Reading:
     def __init__(self, program: Program) -> None:
         self.program, graph = program, program.proto.graph
         self.values = {node.name: node.meta.get("val") for node in program.exported.graph.nodes}
-        self.named = set(self.values)
         self.initial = {each.name: each for each in graph.initializer}
         self.makers = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[Any]] = defaultdict(list)
@@ -357,7 +356,7 @@ class _Reading:
     def result(self, node: Any) -> str:
         """The program's name of what a multiplication gives, its bias added."""
         name = node.output[0]
-        if name not in self.named:
+        if name not in self.values:
             follower = next((each for each in self.readers[name] if each.op_type == "Add"), node)
             name = follower.output[0]
         return str(name)

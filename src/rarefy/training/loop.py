@@ -25,7 +25,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -77,6 +77,10 @@ class Task(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         raise NotImplementedError
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """Around batches between which nothing moves: what does not depend on them is computed once."""
+        return nullcontext()
 
     def update(self, step: int, total: int) -> None:
         """Called after step ``step`` of ``total``: what follows a schedule moves here."""
@@ -210,9 +214,10 @@ def held_out(task: Task, examples: Examples, settings: Settings) -> Gate:
 
     def judge() -> float:
         total = units = 0.0
-        for index in numbers.split(settings.micro or settings.batch):
-            loss = task(_moved(examples.batch(index), _device(task)))
-            total, units = total + float(loss.total), units + float(loss.units)
+        with task.at_rest():
+            for index in numbers.split(settings.micro or settings.batch):
+                loss = task(_moved(examples.batch(index), _device(task)))
+                total, units = total + float(loss.total), units + float(loss.units)
         return total / max(units, 1.0)
 
     return judge

@@ -12,7 +12,7 @@ So a checkpointed block takes the tensors that it was called with along (``_Agai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +83,7 @@ class Student(nn.Module):
         for name in self._counted:
             self.register_buffer(f"counted_{_key(name)}", network.get_buffer(name).clone())
         self._lists = _block_lists(network) if checkpointing else ()
+        self._resting: dict[str, Tensor] | None = None
 
     def forward(self, inputs: Mapping[str, Tensor], **settings: Any) -> Any:
         """What the network returns; inputs by name, one by position under the name ``TENSOR``."""
@@ -97,9 +98,21 @@ class Student(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """What takes the place of the network's own, as it holds it."""
+        if self._resting is not None:
+            return self._resting
         found = {path: site.stored(self.soft(path)()) for path, site in self.sites.items()}
         found |= {_path(key): value for key, value in self.params.items()}
         return found | {name: self.get_buffer(f"counted_{_key(name)}") for name in self._counted}
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """While this lasts, nothing moves, and weights are computed once and not for every batch."""
+        with torch.no_grad():
+            self._resting = self.tensors()
+        try:
+            yield
+        finally:
+            self._resting = None
 
     def soft(self, path: str) -> Soft:
         """The weight of a site."""
@@ -185,6 +198,9 @@ class Learning(Task):
         units = torch.tensor(float(losses.numel()), device=losses.device)
         penalty = self.student.penalty().to(losses.device) if self.training else losses.new_zeros(())
         return Loss(losses.sum() + penalty * units, units)
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        return self.student.at_rest()
 
     def update(self, step: int, total: int) -> None:
         self.student.update(step, total)
