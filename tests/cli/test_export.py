@@ -111,6 +111,59 @@ def test_a_checkpoint_for_transformers(cli: Any, quantized: Path, tmp_path: Path
     assert (tmp_path / "hf" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize(("target", "file"), [("onnxruntime", "model.onnx"), ("openvino", "model.xml")])
+def test_an_encoder_s_codes_go_into_a_graph(cli: Any, tiny_encoder: Path, tmp_path: Path, target: str,
+                                            file: str) -> None:
+    """From the folder of a job; a quarter of what floats take, and the answers of the same trees."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip(target)
+    import torch
+
+    from rarefy.export.networks import export_network, opened
+    from rarefy.export.onnx import GRIDS
+    from rarefy.models.network import Network
+    from rarefy.models.opening import open_any
+    from rarefy.runtimes.session import Session
+    from small_networks import rounded_trees
+
+    network = open_any(tiny_encoder)
+    assert isinstance(network, Network)
+    export_network(network, rounded_trees(network.module, GRIDS["int8"]), tmp_path / "out" / "model")
+    done = cli("export", str(tmp_path / "out"), "--for", target, "-o", str(tmp_path / "graph"), "--json",
+               "--data", str(tiny_encoder / "dev.tsv"))
+    assert done.exit_code == 0, done.stderr
+    codes = sum(site.shape[0] * site.shape[1] for site in network.map.sites)
+    assert json.loads(done.stdout)["bytes"] < 2 * codes + 200_000
+    assert (tmp_path / "graph" / "tokenizer.json").is_file()
+    rounded = opened(tmp_path / "out")
+    assert isinstance(rounded, Network)
+    tokens = {name: torch.ones(2, 9, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    with Session(tmp_path / "graph" / file, target) as session:
+        found = session.answer(tokens)
+    wanted = rounded.run(tokens)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1
+    done = cli("export", str(tmp_path / "out"), "-o", str(tmp_path / "x"))
+    assert done.exit_code == 7 and "onnxruntime or openvino, not llama.cpp" in done.stderr
+
+
+def test_an_image_network_asks_for_samples(cli: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from rarefy.export.networks import export_network
+    from rarefy.models.network import Network
+    from rarefy.models.opening import open_any
+
+    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "plain")
+    network = open_any(tmp_path / "plain")
+    assert isinstance(network, Network)
+    export_network(network, {}, tmp_path / "out")
+    done = cli("export", str(tmp_path / "out"), "--for", "onnxruntime", "-o", str(tmp_path / "graph"))
+    assert done.exit_code != 0 and "pass --data" in done.stderr and not (tmp_path / "graph").exists()
+
+
 def test_a_classifier_leaves_early_in_a_graph(cli: Any, tiny_encoder: Path, tmp_path: Path) -> None:
     """What ``rarefy exits`` writes: int8 blocks, heads, a threshold; in ONNX Runtime alone."""
     onnxruntime = pytest.importorskip("onnxruntime")

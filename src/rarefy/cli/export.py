@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -12,14 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rarefy.cli.chat import gguf_in
-from rarefy.cli.options import SHOWN, Json, Overwrite, Target
+from rarefy.cli.options import SHOWN, Data, Json, Overwrite, Target
 from rarefy.cli.progress import progress
 from rarefy.cli.terminal import dump, guarded, show, tell
-from rarefy.core.errors import OutputError, TargetError, did_you_mean
+from rarefy.core.errors import DataError, OutputError, TargetError, did_you_mean
 from rarefy.report import words
 
 if TYPE_CHECKING:
     from rarefy.models.model import Model
+    from rarefy.models.network import Network
+
+SAMPLES = 256  # of every --data
+OURS = re.compile("no form as small|inputs that training rounded")
 
 Place = Annotated[Path, typer.Option(
     "--out", "-o", metavar="PATH", rich_help_panel=SHOWN, show_default=False,
@@ -30,12 +35,15 @@ Place = Annotated[Path, typer.Option(
 def export(
     source: Annotated[Path, typer.Argument(metavar="OUT", show_default=False,
                                            help="A folder that rarefy wrote, or a .gguf file.")],
-    *, target: Target = "llama.cpp", out: Place, overwrite: Overwrite = False, as_json: Json = False,
+    *, target: Target = "llama.cpp", out: Place, data: Data = None, overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write a language model for another target: llama.cpp (one .gguf file, also for auto), native,
-    transformers, onnxruntime or openvino (a folder); or a classifier with exits for onnxruntime.
+    transformers, onnxruntime or openvino (a folder); an encoder or image network for onnxruntime or
+    openvino; or a classifier with exits for onnxruntime.
 
-    Codes and scales go over as they are; nothing is rounded a second time.
+    Codes and scales go over as they are; nothing is rounded a second time. Samples (--data) say how
+    activations are rounded, and the file is compared on them; texts need none.
     """
     from rarefy.export.compressed_tensors import TRANSFORMERS
     from rarefy.export.gguf import LLAMA_CPP
@@ -56,20 +64,25 @@ def export(
         raise TargetError(f"{source}: a classifier with exits goes into files for {ONNXRUNTIME.name} alone; "
                           f"pass --for {ONNXRUNTIME.name}")
     with staged(out, overwrite=overwrite) as partial, progress().stage(f"export for {target}"):
-        size = export_early(source, partial) if exits else _language(source, partial, target)
+        size = export_early(source, partial) if exits else _exported(source, partial, target, data or [])
     if as_json:
         dump({"path": out, "bytes": size, "target": target})
     else:
         show(f"{out}  {words.size(size)}")
 
 
-def _language(source: Path, partial: Path, target: str) -> int:
-    """A language model for a target; bytes."""
+def _exported(source: Path, partial: Path, target: str, data: list[str]) -> int:
+    """Whatever the source holds, for a target; bytes."""
     from rarefy.export.compressed_tensors import TRANSFORMERS
     from rarefy.export.native import NATIVE, export_native
+    from rarefy.export.networks import stored_trees
+    from rarefy.models.network import Network
     from rarefy.run.resolve import WRITING
 
-    model, trees = _opened(source)
+    model = _opened(source)
+    if isinstance(model, Network):
+        return _network(model, source, partial, target, data)
+    trees = stored_trees(model)
     if target == NATIVE.name:
         return export_native(model, trees, partial)
     if target == TRANSFORMERS.name:
@@ -79,15 +92,42 @@ def _language(source: Path, partial: Path, target: str) -> int:
     return _gguf(model, trees, partial)
 
 
-def _opened(source: Path) -> tuple[Model, dict[str, Any]]:
-    """The model, and its trees as they are stored."""
-    from rarefy.export.native import is_native, open_native, trees_of
+def _opened(source: Path) -> Model | Network:
+    """What the source holds, its trees as they are stored."""
+    from rarefy.export.networks import native_folder, opened
     from rarefy.models.model import open_model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is quantized is the point here
-        model = open_native(source) if is_native(source) else open_model(gguf_in(source), dequantize=True)
-    return model, trees_of(model)
+        return opened(source) if native_folder(source) else open_model(gguf_in(source), dequantize=True)
+
+
+def _network(network: Network, source: Path, folder: Path, target: str, data: list[str]) -> int:
+    """A graph of an encoder or image network, compared on samples with our own evaluation of it."""
+    from rarefy.calibration.examples import read_examples
+    from rarefy.calibration.text import PYTHON_DOCS
+    from rarefy.core.nodes import Dense
+    from rarefy.export.networks import stored_trees
+    from rarefy.measure.resources import bytes_on_disk
+    from rarefy.run.engines import ENGINES
+    from rarefy.run.samples import Shown, joined
+    from rarefy.run.to_onnx import Traced
+
+    engine = next((each for each in ENGINES if each.target.name == target), None)
+    if engine is None:
+        raise TargetError(f"{source}: an encoder or image network is written for "
+                          f"{' or '.join(each.target.name for each in ENGINES)}, not {target}; pass one of "
+                          f"these, or rarefy compress {source} --dequantize --for {target}")
+    refs = data or ([PYTHON_DOCS] if network.form.takes == "text" else [])
+    if not refs:
+        raise DataError(f"{source}: how its activations are rounded is found on samples; pass --data")
+    samples = joined([read_examples(network, ref, count=SAMPLES, seed=0) for ref in refs])
+    traced = Traced(engine, Shown(samples, samples, {}))
+    trees = {path: tree for path, tree in stored_trees(network).items() if not isinstance(tree, Dense)}
+    with _told():
+        traced.export(network, trees, dict.fromkeys(trees), folder)
+    traced.check(folder)
+    return bytes_on_disk(folder)
 
 
 def _gguf(model: Model, trees: dict[str, Any], path: Path) -> int:
@@ -134,14 +174,21 @@ def _graph(model: Model, trees: dict[str, Any], folder: Path, target: str) -> in
     from rarefy.run.to_decoder import Writing
 
     writing = Writing(next(engine for engine in ENGINES if engine.target.name == target))
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
+    with _told():
         writing.export(model, trees, dict.fromkeys(trees), folder)
-    for each in heard:
-        if "no form as small" in str(each.message):
-            tell(f"warning: {each.message}")
     writing.check(folder)
     return bytes_on_disk(folder)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """While this lasts, our own warnings of what goes over otherwise are said, and no others."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        yield
+    for each in heard:
+        if issubclass(each.category, UserWarning) and OURS.search(str(each.message)):
+            tell(f"warning: {each.message}")
 
 
 @contextmanager

@@ -38,7 +38,6 @@ from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, Network
 from rarefy.models.recurrent import is_recurrent
 from rarefy.numerics.grids import integer_grid_named
-from rarefy.planner.allocate import Plan
 from rarefy.report.verdict import distance
 from rarefy.run.effort import Effort
 from rarefy.run.engines import INSIDE, Engine
@@ -48,7 +47,7 @@ from rarefy.run.subject import Subject
 from rarefy.run.target import Beside, Destination, Opened
 from rarefy.runtimes.bench import Timed, compare
 from rarefy.runtimes.session import Session
-from rarefy.runtimes.verify import ROUNDED, verify
+from rarefy.runtimes.verify import ROUNDED, Agreement, verify
 
 SMALL = 0.002     # KL or cosine distance that rounding activations may cost in any case
 AGREEMENT = 0.02  # the same, between the runtime and our own reading of the file
@@ -160,7 +159,8 @@ class Traced:
     def place(self, folder: Path) -> Path:
         return folder / INSIDE
 
-    def export(self, opened: Opened, trees: Mapping[str, Node], plan: Plan, path: Path) -> None:
+    def export(self, opened: Opened, trees: Mapping[str, Node], plan: Mapping[str, Any], path: Path
+               ) -> None:
         network = self._network(opened)
         held = {site: trees[site] for site in plan if site in trees}
         if path.exists():
@@ -211,6 +211,18 @@ class Traced:
         return {**said, **_activations(done),
                 "logit_error_vs_float": {**means, "relative_error": agreed.error,
                                          "relative_error_allowed": agreed.bound}}
+
+    def check(self, path: Path) -> Agreement:
+        """What was just exported, in its runtime, against our own evaluation of calibration samples;
+        TargetError when they are too far apart."""
+        assert self._made is not None and self._made.path == path and self.shown_to is not None
+        network, done = self._made.network, self._made.exported
+        samples = replace(some(self.shown_to.calibration, CHOSEN), labels=None)
+        tolerance = None
+        if done.settings.compute != "float":  # what rounding activations does, last bits may undo
+            moved = Judge(network, samples).compare(network.running(self._reading(done))).mean
+            tolerance = max(ROUNDED * looser(network), 2 * (2 * moved) ** 0.5)
+        return verify(done, samples.by_length().batches(BATCH), engine=self.target.name, tolerance=tolerance)
 
     def beside(self, subject: Subject, path: Path, data: Any, work: Path, effort: Effort, stage: Stage
                ) -> Beside:
