@@ -24,7 +24,7 @@ from harness import Ledger, fingerprint, source_sha256, table, write_page
 from rarefy.calibration.examples import Examples, read_examples
 from rarefy.core.edit import edit
 from rarefy.core.nodes import Dense, Node
-from rarefy.export.onnx import GRIDS, OnnxSettings, export_onnx, stored_tensors
+from rarefy.export.onnx import GRIDS, OnnxSettings, export_onnx
 from rarefy.export.program import Program, trace
 from rarefy.measure.task import divergences
 from rarefy.models.folding import fold
@@ -127,7 +127,7 @@ def one_seed(seed: int, found: Digits, work: Path) -> dict[str, Any]:
 
     with torch.no_grad():
         floats = module(test["0"])
-    return {"float": accuracy(floats), "weights": accuracy(program.run(test, stored_tensors(program, trees))),
+    return {"float": accuracy(floats), "weights": accuracy(program.run(test, program.tensors(trees))),
             "integer": accuracy(answers), "changed": int((answers.argmax(1) != floats.argmax(1)).sum()),
             "bytes": file.bytes}
 
@@ -145,7 +145,7 @@ def encoder(data: Path, work: Path) -> dict[str, Any]:
     program = trace(network.module, example, (0, 1), fused=True)
     trees = rounded(program, network.module)
     original = torch.cat([network.run(batch) for batch in judged.batches(BATCH)])
-    held, rows = stored_tensors(program, trees), {}
+    held, rows = program.tensors(trees), {}
     rows["int8 weights, float activations"] = cosines(network, original, (
         pooled(network, program.run(batch, held), batch) for batch in judged.batches(BATCH)))
     files = baselines(network, trees, work, example)

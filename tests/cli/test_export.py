@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rarefy.cli.export import grown
 from rarefy.core.errors import OutputError
 
 
@@ -67,6 +68,11 @@ def test_a_graph_holds_the_same_codes(cli: Any, quantized: Path, tmp_path: Path,
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "graph" / file).is_file() and (tmp_path / "graph" / "tokenizer.json").is_file()
     assert "warning" not in done.stderr
+
+
+def test_a_file_that_grew_is_said_to_have_grown() -> None:
+    assert grown(39_700_000, 25_000_000) and not grown(26_000_000, 25_000_000)
+    assert not grown(900_000, 100_000), "a graph's own bytes"
 
 
 def test_refusals(cli: Any, quantized: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from rarefy.core.errors import TargetError  # noqa: E402
 from rarefy.core.nodes import Dense, Masked, Product, Quantized, Sum  # noqa: E402
-from rarefy.export.onnx import GRIDS, OnnxSettings, export_onnx, folded_rows, stored_tensors  # noqa: E402
+from rarefy.export.onnx import GRIDS, OnnxSettings, export_onnx  # noqa: E402
 from rarefy.export.program import Program, activation_ranges, trace  # noqa: E402
+from rarefy.models.folding import folded_rows  # noqa: E402
 from rarefy.models.network import call  # noqa: E402
 from small_networks import bert, images, residual, rounded, rounded_trees, tokens  # noqa: E402
 
@@ -61,7 +62,7 @@ def test_a_cnn(cnn, tmp_path: Path, compute: str) -> None:
     batch = images(5, 2)
     found, expected = ran(done.path, batch), done.expected(batch)
     assert (found - expected).norm() < (1e-5 if compute == "float" else 0.02) * expected.norm()
-    direct = call(network, batch, stored_tensors(program, trees))
+    direct = call(network, batch, program.tensors(trees))
     assert (expected - direct).norm() < (1e-5 if compute == "float" else 0.1) * direct.norm()
     assert done.notes == ()
     kinds = [node.op_type for node in onnx.load(done.path).graph.node]

@@ -17,7 +17,7 @@ pytest.importorskip("onnxscript")
 
 from rarefy.core.errors import TargetError
 from rarefy.core.nodes import Dense, Node
-from rarefy.export.onnx import GRIDS, stored_tensors
+from rarefy.export.onnx import GRIDS
 from rarefy.export.program import Program, trace
 from rarefy.models.folding import fold
 from rarefy.numerics.fixed_point import IBERT
@@ -134,7 +134,7 @@ def test_each_step_is_within_one_code_of_fake_quantization(network) -> None:
     def argument(name: str, values: Tensor) -> Tensor:
         return meant(reads[name]) if reads[name] in whole.codes_of else values
 
-    program.run(inputs, stored_tensors(program, trees), value=value, argument=argument)
+    program.run(inputs, program.tensors(trees), value=value, argument=argument)
     assert len(apart) >= len(program.sites)
     beyond = {name: found for name, found in apart.items()
               if found > (50 if isinstance(makers[name], Tanh) else  # 0.0015, which its exponential is off by
@@ -147,7 +147,7 @@ def test_the_answers_are_those_of_fake_quantization(network) -> None:
     expected, found = Fake(case[2], case[0], case[1]).answers(inputs), case[2].answers(inputs)
     assert found.shape == expected.shape
     assert float((found - expected).norm() / expected.norm()) < 0.02
-    exact = case[0].run(inputs, stored_tensors(case[0], case[1]))
+    exact = case[0].run(inputs, case[0].tensors(case[1]))
     assert float((found - exact).norm() / exact.norm()) < 0.05
 
 
@@ -164,7 +164,7 @@ def test_the_paper_s_polynomial_is_rougher() -> None:
     program, trees, fine = made(bert(), [tokens(16, 16, seed) for seed in range(3)])
     rough = compiled(program, trees, [tokens(16, 16, seed) for seed in range(3)], erf=IBERT)
     inputs = tokens(8, 12, 9)
-    exact = program.run(inputs, stored_tensors(program, trees))
+    exact = program.run(inputs, program.tensors(trees))
     errors = [float((each.answers(inputs) - exact).norm() / exact.norm()) for each in (fine, rough)]
     assert errors[0] < errors[1] < 0.1
 
@@ -208,7 +208,7 @@ def test_a_bias_that_is_larger_than_its_row() -> None:
     inputs = {"0": torch.randn(16, 8, generator=torch.Generator().manual_seed(0))}
     program, trees = trace(layer, inputs), rounded_trees(layer, GRIDS["int8"])
     found = compiled(program, trees, [inputs]).answers(inputs)
-    expected = program.run(inputs, stored_tensors(program, trees))
+    expected = program.run(inputs, program.tensors(trees))
     assert float((found - expected).norm() / expected.norm()) < 0.03
 
 

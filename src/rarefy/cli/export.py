@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rarefy.models.network import Network
 
 SAMPLES = 256  # of every --data
+SMALL = 1_000_000  # bytes that a graph or a tokenizer may take
 OURS = re.compile("no form as small|inputs that training rounded")
 
 Place = Annotated[Path, typer.Option(
@@ -50,6 +51,7 @@ def export(
     from rarefy.export.native import NATIVE
     from rarefy.export.networks import has_exits
     from rarefy.export.onnx import ONNXRUNTIME
+    from rarefy.measure.resources import bytes_on_disk
     from rarefy.run.exits import export_early
     from rarefy.run.resolve import AUTO, WRITING
 
@@ -64,11 +66,20 @@ def export(
         raise TargetError(f"{source}: a classifier with exits goes into files for {ONNXRUNTIME.name} alone; "
                           f"pass --for {ONNXRUNTIME.name}")
     with staged(out, overwrite=overwrite) as partial, progress().stage(f"export for {target}"):
+        held = bytes_on_disk(source)
         size = export_early(source, partial) if exits else _exported(source, partial, target, data or [])
+    if grown(size, held):
+        tell(f"warning: {words.size(size)}, where {source} has {words.size(held)}: what {target} has no form "
+             "for as small is there in full, such as masks and codes stored by how often each occurs")
     if as_json:
         dump({"path": out, "bytes": size, "target": target})
     else:
         show(f"{out}  {words.size(size)}")
+
+
+def grown(size: int, held: int) -> bool:
+    """Whether a file is larger than what it was made from, by more than a graph or a tokenizer takes."""
+    return size - held > max(SMALL, held / 10)
 
 
 def _exported(source: Path, partial: Path, target: str, data: list[str]) -> int:

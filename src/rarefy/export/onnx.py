@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core.errors import TargetError, did_you_mean
-from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
+from rarefy.core.nodes import Dense, Node
 from rarefy.core.nouns import Target
 from rarefy.export.fusing import keep_apart
 from rarefy.export.program import Program, Values, activation_ranges, activation_samples, trace
+from rarefy.export.reading import Quantization, Reading, Use, agreed, attribute, quantization
 from rarefy.formats.integers import integers
 from rarefy.formats.onnx import (
     MICROSOFT,
@@ -42,7 +43,6 @@ from rarefy.formats.onnx import (
     Compute,
     Graph,
     Window,
-    coarse,
     computable,
     convolution,
     embedding,
@@ -50,6 +50,7 @@ from rarefy.formats.onnx import (
     onnx_package,
     weight,
 )
+from rarefy.models.folding import folded_rows
 from rarefy.models.map import Site
 from rarefy.numerics.grids import Grid, integer_grid
 from rarefy.numerics.ranges import Range, Rows, rows_for
@@ -64,9 +65,6 @@ GRIDS: dict[str, Grid] = {
 ONNXRUNTIME = Target("onnxruntime", (*GRIDS, "F16", "F32", "tree"), ".onnx",
                      description="ONNX files for ONNX Runtime: 8-bit integer kernels, 2 to 8 bits for "
                                  "weights alone, low rank as two products")
-PASSING = frozenset({"Relu", "Clip", "MaxPool", "Flatten", "Reshape", "Identity", "Transpose"})
-CHAINED = PASSING | {"Add", "AveragePool", "GlobalAveragePool", "Concat"}
-FUSED = frozenset({"Relu", "Clip", "BatchNormalization"})  # what a convolution swallows
 LARGEST = 2_000_000_000  # bytes of one protobuf message
 
 
@@ -119,7 +117,7 @@ class Exported:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {**stored_tensors(self.program, self.trees), **dict(self.params or {})}
+        tensors = {**self.program.tensors(self.trees), **dict(self.params or {})}
         if self.settings.compute == "dynamic":
             for name, source in self.plan.operators.items():
                 path, rows = self.program.reads[name], self.rows.get(source, ROWS)
@@ -143,24 +141,6 @@ class Exported:
         if self.settings.compute == "static" and name in self.plan.chained:
             return self.ranges[name].rounded(values)
         return values
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Which values are rounded to 8 bits.
-
-    operators: multiplications in integers, and the value that each reads. chained: values that exist in
-    8 bits alone, between convolutions. passing: values that have the range of another.
-    """
-
-    operators: Mapping[str, str]
-    chained: frozenset[str]
-    passing: Mapping[str, str]
-
-    @property
-    def values(self) -> frozenset[str]:
-        """All values that need a range."""
-        return self.chained | frozenset(self.operators.values())
 
 
 def export_onnx(module: nn.Module, trees: Mapping[str, Node], path: Path | str, *, inputs: Values,
@@ -188,37 +168,20 @@ def export_onnx(module: nn.Module, trees: Mapping[str, Node], path: Path | str, 
              for name, site in program.sites.items()}
     plan = quantization(program, whole, settings.compute)
     spans, rows, trained = dict[str, Range](), dict[str, Rows](), dict[str, Range]()
-    tensors = {} if settings.compute == "float" else {**stored_tensors(program, whole), **changed}
+    tensors = {} if settings.compute == "float" else {**program.tensors(whole), **changed}
     if settings.compute == "dynamic" and calibration:
         rows = _rows(program, calibration, tensors, whole, plan)
     if settings.compute == "static":
         trained = {name: span for name, span in program.trained(ranges or {}).items()
                    if name in plan.operators}
         spans = activation_ranges(program, calibration, tensors, plan.values, settings.ranges, trained)
-        spans |= _agreed(program, plan, trained)
+        spans |= agreed(program, plan, trained)
         spans |= {name: spans[source] for name, source in plan.passing.items()}
     writer = _Writer(program, whole, settings, spans, plan, changed, rows, trained)
     proto = writer.model()
     size = _save(proto, Path(path))
     return Exported(Path(path), size, program, whole, settings, spans, plan, tuple(writer.graph.notes),
                     changed, rows, trained)
-
-
-def _agreed(program: Program, plan: Quantization, trained: Mapping[str, Range]) -> dict[str, Range]:
-    """Values between convolutions that all who read them want in the same codes, which training found."""
-    graph, wanted = _Reading(program), defaultdict[str, set[Range | None]](set)
-    wanted[program.answer].add(None)
-    for node in reversed(program.proto.graph.node):
-        used, result = graph.use(node), graph.result(node)
-        if used is not None and result in plan.operators:
-            wanted[used.reads].add(trained.get(result))
-        elif node.op_type in PASSING:
-            wanted[node.input[0]] |= wanted[node.output[0]]
-        elif node.op_type != "Shape":
-            for name in node.input:
-                wanted[name].add(None)
-    return {name: span for name in plan.chained for span in wanted[name]
-            if span is not None and len(wanted[name]) == 1}
 
 
 def _rows(program: Program, batches: Sequence[Values], tensors: Values, trees: Mapping[str, Node],
@@ -232,163 +195,6 @@ def _rows(program: Program, batches: Sequence[Values], tensors: Values, trees: M
             for source, paths in readers.items()}
 
 
-def stored_tensors(program: Program, trees: Mapping[str, Node]) -> dict[str, Tensor]:
-    """The weights that trees stand for, as the state dict holds them."""
-    return {path: program.sites[path].stored(tree.dense()) for path, tree in trees.items()}
-
-
-def quantization(program: Program, trees: Mapping[str, Node], compute: Compute) -> Quantization:
-    """What is rounded to 8 bits when 8-bit weights are multiplied as ``compute`` says."""
-    if compute == "float":
-        return Quantization({}, frozenset(), {})
-    graph = _Reading(program)
-    looked_up = {used.path for node in program.proto.graph.node
-                 if (used := graph.use(node)) is not None and used.kind != "linear"}
-    operators: dict[str, str] = {}
-    chain: set[str] = set()
-    passing: dict[str, str] = {}
-    for node in program.proto.graph.node:
-        used = graph.use(node)
-        if used is not None and used.reads in graph.values and _in_integers(
-                used, trees[used.path], compute, alone=used.path not in looked_up):
-            operators[graph.result(node)] = used.reads
-            if used.kind == "Conv":
-                chain.add(node.output[0])
-        elif node.op_type == "BatchNormalization" and node.input[0] in chain:
-            chain.add(node.output[0])
-        elif node.op_type in CHAINED and graph.activations(node) and graph.activations(node) <= chain:
-            chain.add(node.output[0])
-            if node.op_type in PASSING - FUSED or node.op_type == "MaxPool":
-                passing[node.output[0]] = node.input[0]
-    kept = frozenset(name for name in chain if name != program.answer and not graph.swallowed(name)
-                     and name in graph.values)
-    return Quantization(operators, kept, {name: _source(name, passing, kept) for name in passing
-                                          if name in kept and _source(name, passing, kept)})
-
-
-def _source(name: str, passing: Mapping[str, str], kept: frozenset[str]) -> str:
-    while name in passing:
-        name = passing[name]
-    return name if name in kept else ""
-
-
-def _in_integers(used: Use, tree: Node, compute: Compute, *, alone: bool) -> bool:
-    """alone: whether linear layers alone use the weight, so that it may be rounded for them."""
-    if used.kind == "Conv":
-        return compute == "static" and computable(tree)
-    if compute == "dynamic":
-        return used.kind == "linear" and alone and coarse(tree)
-    found = integers(tree)
-    return used.kind == "linear" and found is not None and found.bits == 8 and computable(tree)
-
-
-def folded_rows(tree: Node, factor: Tensor) -> Node:
-    """``diag(factor) W``: scales of rows change, codes do not."""
-    match tree:
-        case Quantized(codes=codes, scale=scale, zero=zero, grid=grid):
-            wide = replace(grid, scale=replace(grid.scale, bits=0, low=0, over=0, dtype=torch.float32))
-            if zero is not None and grid.zero is not None and not grid.zero.relative:
-                zero = Dense(zero.dense() * factor[:, None])
-                wide = replace(wide, zero=replace(grid.zero, bits=0, low=0, over=0, dtype=torch.float32))
-            return Quantized(codes, Dense(scale.dense() * factor[:, None]), zero, wide)
-        case Masked(keep=keep, inner=inner):
-            return Masked(keep, folded_rows(inner, factor))
-        case Product(left=left, right=right):
-            return Product(folded_rows(left, factor), right)
-        case Sum(terms=terms):
-            return Sum(tuple(folded_rows(term, factor) for term in terms))
-        case _:
-            return Dense(tree.dense() * factor[:, None])
-
-
-@dataclass(frozen=True)
-class Use:
-    """How an operator uses a site. kind: linear, Conv, Gather or other; reads: its activation."""
-
-    path: str
-    kind: str
-    reads: str
-    bias: str = ""
-
-
-class _Reading:
-    """Who reads what in the original graph."""
-
-    def __init__(self, program: Program) -> None:
-        self.program, graph = program, program.proto.graph
-        self.values = {node.name: node.meta.get("val") for node in program.exported.graph.nodes}
-        self.initial = {each.name: each for each in graph.initializer}
-        self.makers = {name: node for node in graph.node for name in node.output}
-        self.readers: dict[str, list[Any]] = defaultdict(list)
-        for node in graph.node:
-            for name in node.input:
-                self.readers[name].append(node)
-        self.turned = {node.output[0]: self._site(node.input[0]) for node in graph.node
-                       if node.op_type == "Transpose" and self._site(node.input[0])
-                       and len(program.sites[self._site(node.input[0])].kernel) == 0}
-
-    def _site(self, name: str) -> str:
-        path = self.program.shared.get(name, name)
-        return path if path in self.program.sites else ""
-
-    def use(self, node: Any) -> Use | None:
-        """How ``node`` uses a site; None: it uses none, or only its shape."""
-        inputs = list(node.input)
-        bias = inputs[2] if len(inputs) > 2 else ""
-        for name in inputs:
-            path = self._site(name) or self.turned.get(name, "")
-            if not path or node.op_type == "Shape" or node.output[0] in self.turned:
-                continue
-            flipped = self.program.sites[path].transposed
-            match node.op_type:
-                case "Conv" if name == inputs[1]:
-                    return Use(path, "Conv", inputs[0], "" if self._no_bias(node) else bias)
-                case "MatMul" if name == inputs[1] and (name in self.turned) != flipped:
-                    return Use(path, "linear", inputs[0])
-                case "Gemm" if name == inputs[1] and _attribute(node, "transB", 0) != flipped:
-                    return Use(path, "linear", inputs[0], bias)
-                case "Gather" if name == inputs[0] and _attribute(node, "axis", 0) == 0 and not flipped:
-                    return Use(path, "Gather", inputs[1])
-                case _:
-                    return Use(path, "other", name)
-        return None
-
-    def result(self, node: Any) -> str:
-        """The program's name of what a multiplication gives, its bias added."""
-        name = node.output[0]
-        if name not in self.values:
-            follower = next((each for each in self.readers[name] if each.op_type == "Add"), node)
-            name = follower.output[0]
-        return str(name)
-
-    def rows(self, name: str) -> str:
-        """The shape of a value but for its last axis, as the program knows it."""
-        value = self.values.get(name)
-        return name if value is None else str(tuple(value.shape[:-1]))
-
-    def activations(self, node: Any) -> set[str]:
-        """What flows through ``node``: neither stored numbers nor shapes computed from nothing else."""
-        first = list(node.input) if node.op_type in ("Add", "Concat") else list(node.input[:1])
-        return {name for name in first if name not in self.initial}
-
-    def swallowed(self, name: str) -> bool:
-        """Whether the only reader is computed together with the maker."""
-        readers = self.readers[name]
-        return len(readers) == 1 and readers[0].op_type in FUSED
-
-    def _no_bias(self, node: Any) -> bool:
-        """The exporter gives a convolution without a bias one of zeros, computed from the weight's shape."""
-        if len(node.input) < 3 or node.input[2] in self.initial:
-            return len(node.input) < 3
-        made = self.makers.get(node.input[2])
-        return made is not None and made.op_type == "Expand"
-
-
-def _attribute(node: Any, name: str, default: Any) -> Any:
-    found = next((each for each in node.attribute if each.name == name), None)
-    return default if found is None else onnx_package().helper.get_attribute_value(found)
-
-
 class _Writer:
     """Copies the graph operator by operator, with those that read weights replaced."""
 
@@ -398,7 +204,7 @@ class _Writer:
         self.program, self.trees, self.settings = program, trees, settings
         self.ranges, self.plan, self.params, self.rows = ranges, plan, params, rows
         self.trained = trained
-        self.reading = _Reading(program)
+        self.reading = Reading(program)
         self.graph = Graph(contrib=settings.contrib, accuracy=settings.accuracy)
         self._last = ""  # what the convolution just written gives
         self.before: dict[str, str] = {}  # a value -> what it is before its Relu, which rounding does
@@ -487,7 +293,7 @@ class _Writer:
 
     def _folded(self, norm: Any, tree: Node, used: Use) -> tuple[Node, list[str]]:
         gamma, beta, mean, variance = (self._stored(name) for name in norm.input[1:5])
-        factor = gamma / (variance + _attribute(norm, "epsilon", 1e-5)).sqrt()
+        factor = gamma / (variance + attribute(norm, "epsilon", 1e-5)).sqrt()
         before = self._stored(used.bias) if used.bias else torch.zeros_like(mean)
         bias = self.graph.constant(f"{used.path}.bias", (before - mean) * factor + beta)
         return folded_rows(tree, factor), [bias]
@@ -592,9 +398,9 @@ def _called(value: Any, name: str) -> Any:
 def _window(node: Any, site: Site) -> Window:
     kernel = tuple(site.kernel[1:])
     ones = (1,) * len(kernel)
-    pads = _attribute(node, "pads", (0,) * 2 * len(kernel))
-    return Window(kernel, tuple(_attribute(node, "strides", ones)), tuple(pads),
-                  tuple(_attribute(node, "dilations", ones)), _attribute(node, "group", 1))
+    pads = attribute(node, "pads", (0,) * 2 * len(kernel))
+    return Window(kernel, tuple(attribute(node, "strides", ones)), tuple(pads),
+                  tuple(attribute(node, "dilations", ones)), attribute(node, "group", 1))
 
 
 def _save(proto: Any, path: Path) -> int:

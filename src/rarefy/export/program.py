@@ -21,6 +21,7 @@ from torch.fx import Interpreter, Node
 from transformers import PreTrainedModel
 
 from rarefy.core.errors import TargetError, did_you_mean
+from rarefy.core.nodes import Node as Tree
 from rarefy.formats.onnx import OPSET, PIP, onnx_package
 from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, call, map_network
@@ -71,6 +72,10 @@ class Program:
                 raise TargetError(f"{layer}: no such layer{did_you_mean(layer, list(layers))}")
         spans = {layers[layer]: span for layer, span in ranges.items()}
         return {name: spans[path] for name, path in self.reads.items() if path in spans}
+
+    def tensors(self, trees: Mapping[str, Tree]) -> dict[str, Tensor]:
+        """The weights that trees stand for, as the state dict holds them."""
+        return {path: self.sites[path].stored(tree.dense()) for path, tree in trees.items()}
 
     def _paths(self) -> dict[str, str]:
         """Name of a placeholder -> path in the state dict, the site's own for shared weights."""

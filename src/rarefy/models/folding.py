@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.core.errors import ModelError
+from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
 from rarefy.models.hooks import hooked
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -120,6 +121,25 @@ def merged(layer: Layer, norm: Norm) -> Layer:
     done.weight = nn.Parameter(weight, requires_grad=False)
     done.bias = nn.Parameter((bias - mean) * factor + offset, requires_grad=False)
     return done
+
+
+def folded_rows(tree: Node, factor: Tensor) -> Node:
+    """``diag(factor) W``: scales of rows change, codes do not."""
+    match tree:
+        case Quantized(codes=codes, scale=scale, zero=zero, grid=grid):
+            wide = replace(grid, scale=replace(grid.scale, bits=0, low=0, over=0, dtype=torch.float32))
+            if zero is not None and grid.zero is not None and not grid.zero.relative:
+                zero = Dense(zero.dense() * factor[:, None])
+                wide = replace(wide, zero=replace(grid.zero, bits=0, low=0, over=0, dtype=torch.float32))
+            return Quantized(codes, Dense(scale.dense() * factor[:, None]), zero, wide)
+        case Masked(keep=keep, inner=inner):
+            return Masked(keep, folded_rows(inner, factor))
+        case Product(left=left, right=right):
+            return Product(folded_rows(left, factor), right)
+        case Sum(terms=terms):
+            return Sum(tuple(folded_rows(term, factor) for term in terms))
+        case _:
+            return Dense(tree.dense() * factor[:, None])
 
 
 def _answer(module: nn.Module, example: tuple[Tensor, ...]) -> Tensor:

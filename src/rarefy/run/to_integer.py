@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from rarefy.core.errors import RecipeError, TargetError
 from rarefy.core.nodes import Node
 from rarefy.core.nouns import Choice, Option, Step, Target
-from rarefy.export.onnx import folded_rows
 from rarefy.export.pieces import codes_like
 from rarefy.export.program import METHODS, Program, trace
 from rarefy.measure.task import Judge
-from rarefy.models.folding import fold, gains
+from rarefy.models.folding import fold, folded_rows, gains
 from rarefy.models.form import MASK
 from rarefy.models.map import Site
 from rarefy.models.network import TENSOR, Network

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core.errors import TargetError
-from rarefy.export.onnx import Exported, stored_tensors
+from rarefy.export.onnx import Exported
 from rarefy.models.network import call
 from rarefy.runtimes.session import Session
 
@@ -84,7 +84,7 @@ def verify(exported: Exported, batches: Iterable[Mapping[str, Tensor]], *, engin
 
 def _check_program(exported: Exported, module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """Tracing itself: the program and the network, both with the weights of the trees, in floats."""
-    tensors = {**stored_tensors(exported.program, exported.trees), **dict(exported.params or {})}
+    tensors = {**exported.program.tensors(exported.trees), **dict(exported.params or {})}
     with torch.no_grad():
         out = call(module, inputs, tensors)
     direct = out if isinstance(out, Tensor) else next(

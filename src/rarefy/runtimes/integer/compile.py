@@ -22,7 +22,6 @@ from torch.fx import Node as FxNode
 
 from rarefy.core.errors import TargetError
 from rarefy.core.nodes import Node
-from rarefy.export.onnx import stored_tensors
 from rarefy.export.program import Program, Values, activation_ranges
 from rarefy.formats.integers import Integers, integers
 from rarefy.formats.onnx import computable
@@ -82,7 +81,7 @@ def compiled(program: Program, trees: Mapping[str, Node], calibration: Sequence[
         if _kind(op) == "softmax":
             raise TargetError(f"{op.name}: attention has an integer form where it is one operator; trace the "
                               "network with fused=True")
-    found = activation_ranges(program, calibration, stored_tensors(program, trees), [op.name for op in ops],
+    found = activation_ranges(program, calibration, program.tensors(trees), [op.name for op in ops],
                               method, trained)
     return _Compiler(program, trees, found, trained, erf).network()
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rarefy.core.nodes import Node
-from rarefy.export.onnx import stored_tensors
 from rarefy.export.program import Program, Values
 from rarefy.runtimes.integer.network import IntegerNetwork
 
@@ -21,7 +20,7 @@ class Fake:
     """What ``network``, compiled from ``program`` and ``trees``, would answer in floats."""
 
     def __init__(self, network: IntegerNetwork, program: Program, trees: Mapping[str, Node]) -> None:
-        self.program, self.tensors = program, stored_tensors(program, trees)
+        self.program, self.tensors = program, program.tensors(trees)
         self.eight = {name: code for name, code in network.codes_of.items() if code.dtype == torch.uint8}
         self.reads = readers(network, program)
 
