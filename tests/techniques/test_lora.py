@@ -61,6 +61,25 @@ def test_it_starts_from_nothing_and_ends_as_a_sum(weight: Tensor) -> None:
     torch.testing.assert_close(soft().detach(), expected)
 
 
+def test_scales_of_the_base_learn_and_codes_stay(weight: Tensor) -> None:
+    """W' = s(1 + d) codes + B A: a step changes every scale, no code, and the sum is what was trained."""
+    base = rounded(weight)
+    soft = softened(base, LoRA(4, scales=True))
+    assert torch.equal(soft(), base.dense())
+    assert {name for name, _ in soft.named_parameters()} == {"up", "down", "base.moving_scale"}
+    (soft() - weight - 0.1).square().sum().backward()
+    with torch.no_grad():
+        for _, values in soft.named_parameters():
+            values -= 1e-3 * values.grad
+    found = soft.harden()
+    assert isinstance(found, Sum) and isinstance(found.terms[0], Quantized)
+    assert torch.equal(found.terms[0].codes, base.codes)
+    assert bool((found.terms[0].scale.dense() != base.scale.dense()).float().mean() > 0.9)
+    torch.testing.assert_close(found.dense(), soft().detach(), rtol=1e-3, atol=1e-3)
+    plain = softened(Dense(weight), LoRA(4, scales=True))
+    assert {name for name, _ in plain.named_parameters()} == {"up", "down"}, "floats have no scales"
+
+
 def test_stabilised_scale_and_going_on(weight: Tensor) -> None:
     product = Product(Dense(weight[:, :4].contiguous()), Dense(weight[:4].contiguous()))
     tree = Sum((rounded(weight), product))

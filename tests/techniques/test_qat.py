@@ -91,6 +91,19 @@ def test_codes_are_where_training_starts() -> None:
     assert torch.equal(encode(elsewhere, again), rounded.codes)
 
 
+def test_codes_far_from_the_original_survive_a_step() -> None:
+    """Codes that make up for the errors of others are not the nearest; noise does not undo them."""
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    rounded = RTN(EXACT).rewrite(Leaf("w", Dense(w), w, None, None), torch.Generator()).node
+    assert isinstance(rounded, Quantized)
+    chosen = replace(rounded, codes=torch.where(rounded.codes > 0, rounded.codes - 1, rounded.codes))
+    latent, again = started(Leaf("w", chosen, w, None, None)), chosen.fit()
+    gap = chosen.scale.dense().abs().repeat_interleave(64 // chosen.scale.shape[1], 1)
+    for sign in (-1, 1):
+        assert torch.equal(encode(latent + sign * 0.04 * gap, again), chosen.codes)
+    assert float((latent - w).abs().mean()) < float((chosen.dense() - w).abs().mean())
+
+
 def test_dropped_weights_stretch_no_range() -> None:
     w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     keep = torch.ones(4, 64, dtype=torch.bool)

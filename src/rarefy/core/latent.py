@@ -15,7 +15,7 @@ from rarefy.core.edit import Leaf
 from rarefy.core.errors import EditError
 from rarefy.core.nodes import Dense, Quantized
 
-INSIDE = 0.499  # of the way to the neighbouring level: a value there still rounds to its own
+INSIDE = 0.45  # of the way to the neighbouring level: a value there keeps its code for some steps of training
 
 
 def passed(stored: Tensor, latent: Tensor, factor: Tensor | float = 1.0) -> Tensor:
@@ -27,7 +27,8 @@ def started(leaf: Leaf) -> Float[Tensor, "out in_"]:
     """The values from which the training of a leaf begins.
 
     Plain values are themselves. Codes begin with what they stand for moved towards the leaf's target as
-    far as they stay the same codes: training starts where rounding ended, and remembers the original.
+    far as they stay the same codes: training starts where rounding ended, and remembers the original. Not to
+    the very edge: there the first step undoes whatever made up for the errors of other codes (GPTQ).
     """
     match leaf.node:
         case Quantized() as node:

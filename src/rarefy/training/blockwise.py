@@ -97,8 +97,7 @@ def reconstruct(model: Model, technique: Trainer, tokens: Tensor, settings: Bloc
         block = _Block(runner, index, softs)
         went = block.learn(arrives, wanted, contexts, settings, generator)
         trees |= block.harden()
-        with torch.no_grad():
-            arrives = [block(*each) for each in zip(arrives, contexts, strict=True)]
+        arrives = block.answers(arrives, contexts)
         if advance is not None:
             advance(went)
     if not trees:
@@ -114,18 +113,25 @@ class _Block:
         self.own = runner.load(index)
         self.prefix = f"{runner.model.map.family.blocks}.{index}."
 
-    def __call__(self, hidden: Tensor, context: Context) -> Tensor:
+    def tensors(self) -> dict[str, Tensor]:
+        """What the block multiplies with now."""
         now = {site.path.removeprefix(self.prefix): site.stored(soft()) for site, soft in self.softs.items()}
-        return self.runner.block(self.index, hidden, context, tensors={**self.own, **now})
+        return {**self.own, **now}
 
     @torch.no_grad()
-    def error(self, arrives: Sequence[Tensor], wanted: Sequence[Tensor],
-              contexts: Sequence[Context]) -> float:
-        """The squared error of the output over its energy, in eval mode."""
+    def answers(self, arrives: Sequence[Tensor], contexts: Sequence[Context]) -> list[Tensor]:
+        """The output of every batch, in eval mode; nothing moves meanwhile, so weights are computed once."""
         for soft in self.softs.values():
             soft.eval()
-        lost = sum(float((self(x, context) - y).square().sum())
-                   for x, y, context in zip(arrives, wanted, contexts, strict=True))
+        still = self.tensors()
+        return [self.runner.block(self.index, x, context, tensors=still)
+                for x, context in zip(arrives, contexts, strict=True)]
+
+    def error(self, arrives: Sequence[Tensor], wanted: Sequence[Tensor],
+              contexts: Sequence[Context]) -> float:
+        """The squared error of the output over its energy."""
+        lost = sum(float((x - y).square().sum())
+                   for x, y in zip(self.answers(arrives, contexts), wanted, strict=True))
         return lost / max(sum(float(y.square().sum()) for y in wanted), 1e-30)
 
     def learn(self, arrives: Sequence[Tensor], wanted: Sequence[Tensor], contexts: Sequence[Context],
@@ -159,7 +165,9 @@ class _Block:
         for _ in range(settings.epochs):
             for place in torch.randperm(len(arrives), generator=generator).tolist():
                 step += 1
-                loss = (self(arrives[place], contexts[place]) - wanted[place]).square().mean() / energy
+                answer = self.runner.block(self.index, arrives[place], contexts[place],
+                                           tensors=self.tensors())
+                loss = (answer - wanted[place]).square().mean() / energy
                 for soft in self.softs.values():
                     loss = loss + soft.penalty()
                 optimizer.zero_grad()
