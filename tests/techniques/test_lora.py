@@ -70,7 +70,7 @@ def test_scales_of_the_base_learn_and_codes_stay(weight: Tensor) -> None:
     (soft() - weight - 0.1).square().sum().backward()
     with torch.no_grad():
         for _, values in soft.named_parameters():
-            values -= 1e-3 * values.grad
+            values -= 0.01 * values.grad.sign()
     found = soft.harden()
     assert isinstance(found, Sum) and isinstance(found.terms[0], Quantized)
     assert torch.equal(found.terms[0].codes, base.codes)

@@ -12,8 +12,10 @@ from networks import encoder, texts
 from torch import Tensor
 
 from rarefy.core.codebooks import Clustered
+from rarefy.core.edit import Leaf
 from rarefy.core.errors import RecipeError
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Sum
+from rarefy.core.tune import soften
 from rarefy.models.hooks import hooked
 from rarefy.models.model import Model, open_model
 from rarefy.models.network import Network
@@ -148,14 +150,37 @@ def test_batch_statistics_are_the_students_own(convolutional: Network) -> None:
     assert tuned.curve.points[-1].loss < tuned.curve.points[0].loss
 
 
-def test_scales_move_by_a_share_of_themselves() -> None:
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_scales_move_by_a_share_of_themselves(size: float) -> None:
+    """A step of m is a part of every scale, however small; what moves begins as what is stored."""
     network = encoder()
-    weight = network.weight(SITE) * 1e-3
-    student = student_of(network, {SITE: tree("quantized", weight)}, Tuning(frozenset({"scales"})), SETTINGS)
-    assert isinstance(student, Student)
-    pace = student.soft(SITE).paces()["moving_scale"]
-    scale = student.soft(SITE).get_parameter("moving_scale").detach().square().mean().sqrt()
-    assert pace == pytest.approx(10 * float(scale))
+    weight = network.weight(SITE) * size
+    start = tree("quantized", weight)
+    student = student_of(network, {SITE: start}, Tuning(frozenset({"scales"})), SETTINGS)
+    assert isinstance(student, Student) and isinstance(start, Quantized)
+    soft = student.soft(SITE)
+    assert set(soft.paces()) == {"moving_scale"} and torch.equal(soft(), start.dense())
+    with torch.no_grad():
+        soft.get_parameter("moving_scale").fill_(0.25)
+    torch.testing.assert_close(soft(), 1.25 * start.dense())
+    after = soft.harden()
+    assert isinstance(after, Quantized) and torch.equal(after.codes, start.codes)
+    torch.testing.assert_close(after.scale.dense(), 1.25 * start.scale.dense(), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_zeros_move_in_units_of_the_scale(relative: bool) -> None:
+    grid = integer_grid(2, 8, symmetric=False)
+    assert grid.zero is not None
+    grid = replace(grid, zero=replace(grid.zero, dtype=torch.float32, bits=0, relative=relative))
+    scale, zero = torch.tensor([[0.1, 2.0]]), torch.tensor([[0.5, -1.0]])
+    node = Quantized(torch.randint(0, 4, (1, 16), dtype=torch.uint8), Dense(scale), Dense(zero), grid)
+    soft = soften(Leaf("w", node, node.dense(), None, None), frozenset({"scales"}))
+    assert torch.equal(soft(), node.dense()) and set(soft.paces()) == {"moving_scale", "moving_zero"}
+    with torch.no_grad():
+        soft.get_parameter("moving_zero").fill_(0.5)
+    moved = (soft() - node.dense()).view(2, 8)
+    torch.testing.assert_close(moved, (0.5 * scale).view(2, 1).expand(2, 8))
 
 
 def test_a_judgement_computes_every_weight_once() -> None:
@@ -174,7 +199,7 @@ def test_a_judgement_computes_every_weight_once() -> None:
     first = said()
     assert len(calls) == 1 < len(rows) // settings.batch
     with torch.no_grad():
-        student.soft(SITE).get_parameter("moving_scale").mul_(3)
+        student.soft(SITE).get_parameter("moving_scale").add_(2)
     assert said() != first and len(calls) == 1
     with torch.no_grad():
         one_by_one = sum(float(task(rows.batch(index)).total) for index in torch.arange(len(rows)).split(4))

@@ -28,7 +28,7 @@ from rarefy.core.errors import EditError, RecipeError, did_you_mean
 from rarefy.core.nodes import Dense, Masked, Node, Product, Quantized, Shared, Sum
 
 MOVERS = ("weights", "factors", "adapters", "scales", "codebooks", "buckets")
-PACE = {"scale": 10.0, "zero": 10.0}  # how much faster than weights, relative to their own size, these learn
+PACE = 10.0  # how much faster than weights scales learn: a rate of 1e-4 moves them by a thousandth a step
 
 
 class Soft(nn.Module):
@@ -96,9 +96,9 @@ class Fixed(Soft):
 
 
 class Moving(Soft):
-    """A leaf whose own numbers move: ``tensors`` names them, ``rebuild`` puts them back into the node."""
+    """A leaf whose own numbers move."""
 
-    def __init__(self, node: Dense | Quantized | Clustered | Hashed) -> None:
+    def __init__(self, node: Dense | Clustered | Hashed) -> None:
         super().__init__()
         self.node: Node = node
         for name, value in _numbers(node).items():
@@ -110,18 +110,49 @@ class Moving(Soft):
         self.node = on(self.node, next(iter(moving.values())).device)
         return _with_numbers(self.node, moving).dense()
 
-    def paces(self) -> dict[str, float]:
-        """Scales and zeros learn by a share of their own size: a step that suits weights would undo them."""
-        if isinstance(self.node, Dense):
-            return {}
-        sizes = {name: float(value.float().square().mean().sqrt())
-                 for name, value in _numbers(self.node).items()}
-        return {f"moving_{name}": PACE[name] * size if name in PACE else 1.0 for name, size in sizes.items()}
-
     def harden(self) -> Node:
         return _with_numbers(self.node, {
             name: self.get_parameter(f"moving_{name}").detach().to(value.dtype).clone()
             for name, value in _numbers(self.node).items()})
+
+
+class Rescaled(Soft):
+    """Codes whose scales, and zeros stored as plain numbers, move in parts of a scale:
+
+        s = s0 (1 + m),      z = z0 + s0 n      (z0 + n, where a zero is a multiple of the scale)
+
+    m and n are as the stored scales [out, groups], and begin at 0. A step means the same to a group of small
+    weights as to one of large ones; and gradients, which are sums over a group, get the size of others, so
+    that one bound on the norm of them all suits all.
+    """
+
+    def __init__(self, node: Quantized) -> None:
+        super().__init__()
+        self.node: Node = node
+        self.relative = node.grid.zero is not None and node.grid.zero.relative
+        for name, value in _numbers(node).items():
+            self.register_parameter(f"moving_{name}", nn.Parameter(torch.zeros_like(value.float())))
+
+    def forward(self) -> Tensor:
+        return _with_numbers(self.node, self._now()).dense()
+
+    def paces(self) -> dict[str, float]:
+        """All learn faster than weights: they are parts of a scale, and most weights are small."""
+        return {f"moving_{name}": PACE for name in _numbers(self.node)}
+
+    def harden(self) -> Node:
+        now = {name: value.detach() for name, value in self._now().items()}
+        return _with_numbers(self.node, {name: now[name].to(value.dtype)
+                                         for name, value in _numbers(self.node).items()})
+
+    def _now(self) -> dict[str, Tensor]:
+        """The numbers as they are at this step, in float32."""
+        moved = {name: self.get_parameter(f"moving_{name}") for name in _numbers(self.node)}
+        self.node = on(self.node, moved["scale"].device)
+        first = _numbers(self.node)
+        scale = first["scale"].float()
+        return {name: first[name].float() + (m if name == "zero" and self.relative else scale * m)
+                for name, m in moved.items()}
 
 
 class Bucketed(Moving):
@@ -221,7 +252,7 @@ class _Softening:
             case Dense():
                 return Moving(node) if inside in self.moves else Fixed(node)
             case Quantized():
-                return Moving(node) if "scales" in self.moves else Fixed(node)
+                return Rescaled(node) if "scales" in self.moves else Fixed(node)
             case Clustered():
                 return Moving(node) if "codebooks" in self.moves else Fixed(node)
             case Hashed():
