@@ -9,10 +9,11 @@ HF_FOLDER is what ``permuted_gemma.py`` wrote. DATA holds ``wikitext2/valid.txt`
                             from the original's answers: kept weights, factors, or scales. KL to the original
                             before and after
     GPTQ 3 bits, 2 bits     the same from codes that are as good as rounding after training makes them
+    .. by blocks            in between, codes and scales of each block learn from its original (EfficientQAT)
     full, LoRA, QLoRA       Gemma fine-tuned on the text: everything, adapters beside float weights, adapters
-                            beside normal-float codes of 4 bits, rounded to nearest as in the paper or by
-                            GPTQ, and adapters that begin as a repair of what GPTQ lost on int4-g32. Loss on
-                            other text of the kind, peak memory
+                            beside normal-float codes of 4 bits, rounded to nearest as in the paper, by GPTQ,
+                            by GPTQ with keys and values in 8 bits and then block by block, where scales learn
+                            beside the adapters. Loss on other text of the kind, peak memory
 
 Every row is a process of its own, so that its memory is its own. Finished rows lie in WORK/recovery.json and
 are not run again.
@@ -30,13 +31,16 @@ from typing import Any
 from harness import Ledger, fingerprint, run_fresh, source_sha256, table, write_page
 
 RECOVERIES = {"2:4": "weights", "low rank": "factors", "3 bits": "scales", "GPTQ 3 bits": "scales",
-              "GPTQ 2 bits": "scales"}  # and norms
-TUNINGS = ("full", "LoRA", "QLoRA", "QLoRA on GPTQ", "QLoRA on GPTQ, repaired")
+              "GPTQ 2 bits": "scales", "GPTQ 3 bits by blocks": "scales",
+              "GPTQ 2 bits by blocks": "scales"}  # and norms
+TUNINGS = ("full", "LoRA", "QLoRA", "QLoRA on GPTQ", "QLoRA by blocks")
+BY_BLOCKS = " by blocks"
+FINE = ("k", "v")  # in 8 bits under "QLoRA by blocks": they are few, and what they lose all heads lose
 LENGTH, BATCH, MICRO = 128, 4, 2
 WINDOWS, HELD, JUDGED = 512, 16, 24  # to train on, to choose the state, to judge
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "recovery.md"
-SOURCES = ("training/loop.py", "training/tune.py", "training/teacher.py", "core/tune.py",
-           "techniques/adapt/lora.py")
+SOURCES = ("training/loop.py", "training/tune.py", "training/teacher.py", "training/blockwise.py",
+           "core/tune.py", "core/latent.py", "techniques/adapt/lora.py", "techniques/quantize/lsq.py")
 
 
 def main() -> None:
@@ -96,6 +100,8 @@ def recovered(name: str, given: argparse.Namespace) -> dict[str, Any]:
     trees = _compressed(model, name, train.tensors["input_ids"])
     reference = Reference(model, _windows(model, given.data / "wikitext2" / "test.raw.txt", JUDGED, 1))
     before = reference.compare(Runner(model, trees.get)).kl_mean
+    if name.endswith(BY_BLOCKS):
+        trees = _by_blocks(model, trees, train.tensors["input_ids"])
     kept = [answered(model, rows, given.work / "answers") for rows in (train, held)]
     tuned = tune(model, trees, Tuning(frozenset({RECOVERIES[name], "norms"}), where=tuple(trees)),
                  Distillation(model, None, ((1.0, ForwardKL()),)), kept[0],
@@ -117,11 +123,15 @@ def tuned(name: str, given: argparse.Namespace) -> dict[str, Any]:
     model, train, held = _lesson(given, labels=True)
     paths = tuple(site.path for site in model.map.sites if site.block is not None)
     trees = _compressed(model, name, train.tensors["input_ids"]) if name.startswith("QLoRA") else {}
-    tuning = Tuning() if name == "full" else Tuning(frozenset(), LoRA(8), where=paths)
-    settings = _settings(given.steps, 1e-5 if name == "full" else 3e-4)
+    if name.endswith(BY_BLOCKS):
+        trees = _by_blocks(model, trees, train.tensors["input_ids"])
+    adapter = LoRA(8, scales=name.endswith(BY_BLOCKS))
+    tuning = Tuning() if name == "full" else Tuning(frozenset(), adapter, where=paths)
+    settings = _settings(given.steps, 5e-5 if name == "full" else 1e-3)
     done = tune(model, trees, tuning, Distillation(model, None, ((1.0, HardLabels()),)), train, settings,
                 held=held)
-    return {"before": done.curve.points[0].loss, "after": done.curve.best, "seconds": done.curve.seconds}
+    return {"before": done.curve.points[0].loss, "after": done.curve.best, "seconds": done.curve.seconds,
+            "bits": _bits(trees)}
 
 
 def _lesson(given: argparse.Namespace, *, labels: bool) -> tuple[Any, Any, Any]:
@@ -157,15 +167,15 @@ def _compressed(model: Any, name: str, tokens: Any) -> dict[str, Any]:
     from rarefy.core.nodes import Dense, Node
     from rarefy.models.runner import Runner
 
-    techniques, trees = _techniques(name), dict[str, Node]()
-    stream = Stream(Runner(model, trees.get), tokens) if techniques[0].needs else None
+    trees = dict[str, Node]()
+    stream = Stream(Runner(model, trees.get), tokens) if _techniques(name, "q")[0].needs else None
     for block in range(model.map.blocks):
         paths = [site.path for site in model.map.in_block(block)]
         seen = {} if stream is None else stream.inputs(block, set(paths))
         for path in paths:
             weight = model.weight(path)
             trees[path] = Dense(weight)
-            for technique in techniques:
+            for technique in _techniques(name, model.map.by_path[path].role):
                 trees[path], _ = edit(path, trees[path], weight, technique, name, seen.get(path),
                                       torch.Generator())
         if stream is not None and block + 1 < model.map.blocks:
@@ -173,9 +183,19 @@ def _compressed(model: Any, name: str, tokens: Any) -> dict[str, Any]:
     return trees
 
 
-def _techniques(name: str) -> tuple[Any, ...]:
+def _by_blocks(model: Any, trees: Mapping[str, Any], tokens: Any) -> dict[str, Any]:
+    """The same codes, each block trained on the text; what has 8 bits stays."""
+    from rarefy.techniques.quantize.lsq import LSQ
+    from rarefy.training.blockwise import Blockwise, reconstruct
+
+    grid = next(tree.grid for path, tree in trees.items() if model.map.by_path[path].role == "q")
+    settings = Blockwise(sequences=WINDOWS, epochs=1, rate=3e-5,
+                         where=tuple(path for path, tree in trees.items() if tree.grid == grid))
+    return {**trees, **reconstruct(model, LSQ(grid), tokens, settings, before=trees)}
+
+
+def _techniques(name: str, role: str) -> tuple[Any, ...]:
     from rarefy.numerics.grids import integer_grid, nf4_grid
-    from rarefy.techniques.factorize.repair import Repair
     from rarefy.techniques.factorize.svd import SVD
     from rarefy.techniques.prune.magnitude import Magnitude
     from rarefy.techniques.quantize.gptq import GPTQ
@@ -183,9 +203,19 @@ def _techniques(name: str) -> tuple[Any, ...]:
 
     return {"2:4": (Magnitude(pattern="2:4"),), "low rank": (SVD(ratio=0.75),),
             "3 bits": (RTN(integer_grid(3, 64)),), "GPTQ 3 bits": (GPTQ(integer_grid(3, 64)),),
-            "GPTQ 2 bits": (GPTQ(integer_grid(2, 64)),), "QLoRA": (RTN(nf4_grid(64, over=2)),),
-            "QLoRA on GPTQ": (GPTQ(nf4_grid(64, over=2)),),
-            "QLoRA on GPTQ, repaired": (GPTQ(integer_grid(4, 32)), Repair(rank=8))}[name]
+            "GPTQ 2 bits": (GPTQ(integer_grid(2, 64)),),
+            "GPTQ 3 bits by blocks": (GPTQ(integer_grid(3, 64, symmetric=False)),),
+            "GPTQ 2 bits by blocks": (GPTQ(integer_grid(2, 64, symmetric=False)),),
+            "QLoRA": (RTN(nf4_grid(64, over=2)),), "QLoRA on GPTQ": (GPTQ(nf4_grid(64, over=2)),),
+            "QLoRA by blocks": (GPTQ(integer_grid(8, 64) if role in FINE else nf4_grid(32)),)}[name]
+
+
+def _bits(trees: Mapping[str, Any]) -> float:
+    """Of a weight in the blocks, scales counted."""
+    import math
+
+    return sum(tree.bits() for tree in trees.values()) / max(sum(math.prod(tree.shape)
+                                                                  for tree in trees.values()), 1)
 
 
 def _settings(steps: int, rate: float) -> Any:
@@ -213,10 +243,12 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
                      (f"missed for {', '.join(missed)}." if missed else f"met for {', '.join(asked)}.") +
                      " GPTQ's rows ask another question: whether training beats the best that rounding after "
                      "training does.")
-    tunings = [(name, f"{each['before']:.3f}", f"{each['after']:.3f}", f"{each['peak'] / 1e6:.0f} MB")
+    tunings = [(name, f"{each['bits']:.2f}" if each["bits"] else "float32", f"{each['before']:.3f}",
+                f"{each['after']:.3f}", f"{each['peak'] / 1e6:.0f} MB")
                for name, each in found.items() if name in TUNINGS]
     if tunings:
-        titles = ("what moves", "loss of the first batch", "loss held out", "peak memory")
+        titles = ("what moves", "bits of a weight that stands", "loss of the first batch", "loss held out",
+                  "peak memory")
         parts += ["## Fine-tuning", table(titles, tunings)]
     if {"LoRA", "full"} <= found.keys():
         apart = [f"{name} {found[name]['after'] / found['LoRA']['after'] - 1:+.1%}, at "

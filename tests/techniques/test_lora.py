@@ -76,6 +76,7 @@ def test_scales_of_the_base_learn_and_codes_stay(weight: Tensor) -> None:
     assert torch.equal(found.terms[0].codes, base.codes)
     assert bool((found.terms[0].scale.dense() != base.scale.dense()).float().mean() > 0.9)
     torch.testing.assert_close(found.dense(), soft().detach(), rtol=1e-3, atol=1e-3)
+    assert soft.base.paces() == {"moving_scale": 3.0}
     plain = softened(Dense(weight), LoRA(4, scales=True))
     assert {name for name, _ in plain.named_parameters()} == {"up", "down"}, "floats have no scales"
 

@@ -123,11 +123,12 @@ class Rescaled(Soft):
 
     m and n are as the stored scales [out, groups], and begin at 0. A step means the same to a group of small
     weights as to one of large ones; and gradients, which are sums over a group, get the size of others, so
-    that one bound on the norm of them all suits all.
+    that one bound on the norm of them all suits all. pace: how much faster than weights they learn.
     """
 
-    def __init__(self, node: Quantized) -> None:
+    def __init__(self, node: Quantized, pace: float = PACE) -> None:
         super().__init__()
+        self.pace = pace
         self.node: Node = node
         self.relative = node.grid.zero is not None and node.grid.zero.relative
         for name, value in _numbers(node).items():
@@ -137,8 +138,8 @@ class Rescaled(Soft):
         return _with_numbers(self.node, self._now()).dense()
 
     def paces(self) -> dict[str, float]:
-        """All learn faster than weights: they are parts of a scale, and most weights are small."""
-        return {f"moving_{name}": PACE for name in _numbers(self.node)}
+        """They are parts of a scale, and most weights are small."""
+        return {f"moving_{name}": self.pace for name in _numbers(self.node)}
 
     def harden(self) -> Node:
         now = {name: value.detach() for name, value in self._now().items()}

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from rarefy.core.edit import Leaf
 from rarefy.core.errors import EditError, RecipeError
 from rarefy.core.nodes import Dense, Node, Product, Sum
-from rarefy.core.tune import Fixed, Soft, soften
+from rarefy.core.tune import Fixed, Rescaled, Soft, soften
+
+PACE = 3.0  # of the base's scales: adapters learn at several times the rate of weights, and scales must not
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,11 @@ class LoRA:
     def _base(self, leaf: Leaf, node: Node) -> Soft:
         if not self.scales:
             return Fixed(node)
-        return soften(replace(leaf, node=node), frozenset({"scales"}), still=True)
+        base = soften(replace(leaf, node=node), frozenset({"scales"}), still=True)
+        for part in base.modules():
+            if isinstance(part, Rescaled):
+                part.pace = PACE
+        return base
 
 
 class _Adapted(Soft):
