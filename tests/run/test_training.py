@@ -54,11 +54,12 @@ def test_a_tenth_is_held_back_and_no_more_than_judges_need(tiny_encoder: Path,
 
 
 @PEFT_WARNS
-@pytest.mark.parametrize("adapter", ["none", "lora", "loftq"])
-def test_an_encoder_learns_a_task(adapter: str, bare: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapter", "scales"), [("none", False), ("lora", False), ("loftq", True)])
+def test_an_encoder_learns_a_task(adapter: str, scales: bool, bare: Path, tiny_encoder: Path, tmp_path: Path
+                                  ) -> None:
     tables = [another_task(tiny_encoder / name, tmp_path / name) for name in ("train.tsv", "dev.tsv")]
     done = train(Training(str(bare), tmp_path / "out", (str(tables[0]),), (str(tables[1]),), adapter=adapter,
-                          settings=SETTINGS))
+                          scales=scales, settings=SETTINGS))
     assert done.receipt["after"]["accuracy"] > max(0.8, done.receipt["before"]["accuracy"])
     assert json.loads((done.out / "receipt.json").read_text())["adapter"] == adapter
     network = open_any(done.out)
@@ -75,6 +76,12 @@ def test_an_encoder_learns_a_task(adapter: str, bare: Path, tiny_encoder: Path, 
         with torch.no_grad():
             again = PeftModel.from_pretrained(base, done.out / "adapter").eval()(**held.inputs).logits
         torch.testing.assert_close(again, answers, rtol=1e-3, atol=1e-3)
+
+
+def test_scales_without_an_adapter_are_refused(bare: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="beside the adapters lora and loftq, not dora"):
+        train(Training(str(bare), tmp_path / "out", ("x.tsv",), adapter="dora", scales=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_the_blocks_keep_the_task(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ Adapter = Annotated[str, typer.Option(
          "dora, ia3, prefix, bottleneck and pfeiffer other things beside them.")]
 Rank = Annotated[int, typer.Option(
     "--rank", rich_help_panel=WORK, help="Rank of the adapters; width of bottlenecks, length of prefixes.")]
+Scales = Annotated[bool, typer.Option(
+    "--scales", rich_help_panel=WORK,
+    help="With lora or loftq: the scales of rounded weights learn too; the adapter belongs to OUT/base.")]
 Student = Annotated[str, typer.Option(
     "--student", metavar="STUDENT", rich_help_panel=WORK,
     help="half (every second block), numbers of blocks (0,2,4), blocks=3,units=50% (what the teacher can "
@@ -52,8 +55,9 @@ Objectives = Annotated[list[str] | None, typer.Option(
 @guarded
 def finetune(
     model: Model, *, data: Table = None, eval_data: Judge = None, adapter: Adapter = "none", rank: Rank = 8,
-    epochs: Epochs = 3.0, steps: Steps = 0, batch: Batch = 32, micro: Micro = 0, rate: Rate = None,
-    patience: Patience = 3, seed: Seed = 0, out: Out, overwrite: Overwrite = False, as_json: Json = False,
+    scales: Scales = False, epochs: Epochs = 3.0, steps: Steps = 0, batch: Batch = 32, micro: Micro = 0,
+    rate: Rate = None, patience: Patience = 3, seed: Seed = 0, out: Out, overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Fine-tune a model on labelled sentences or on text, and write it to DIR as an ordinary folder."""
     from rarefy.run.training import Training, train
@@ -63,7 +67,7 @@ def finetune(
     settings = Settings(steps=steps, epochs=epochs, batch=batch, micro=micro, rate=speed, patience=patience,
                         seed=seed)
     job = Training(model, out, tuple(data or ()), tuple(eval_data or ()), adapter=adapter, rank=rank,
-                   settings=settings, overwrite=overwrite)
+                   scales=scales, settings=settings, overwrite=overwrite)
     done = resumable(lambda: train(job, progress()), out)
     _finished(done.receipt, str(done.out), as_json=as_json)
 

@@ -59,7 +59,7 @@ class Training:
     (0,2,4), how much is to stay of the teacher (blocks=3,units=50%), bottleneck (or bottleneck:64, how wide
     it is inside), or a model of the user's own; empty: fine-tuning. objectives: losses with their weights.
     adapter: none trains everything. rank, alpha: of adapters (of bottlenecks the width, of prefixes the
-    length).
+    length). scales: those of rounded weights learn beside ``lora`` and ``loftq``.
     """
 
     model: str
@@ -71,6 +71,7 @@ class Training:
     adapter: str = "none"
     rank: int = 8
     alpha: float = 16.0
+    scales: bool = False
     settings: Settings = field(default_factory=Settings)
     overwrite: bool = False
 
@@ -89,6 +90,8 @@ def train(job: Training, progress: Progress | None = None) -> Trained:
     if job.adapter not in ADAPTERS:
         raise RecipeError(f"adapter {job.adapter!r}: choose one of {', '.join(ADAPTERS)}"
                           f"{did_you_mean(job.adapter, list(ADAPTERS))}")
+    if job.scales and job.adapter not in ("lora", "loftq"):
+        raise RecipeError(f"scales learn beside the adapters lora and loftq, not {job.adapter}; leave it out")
     journal = Journal(job.out, overwrite=job.overwrite)
     with written(job.out):
         with progress.stage("open"):
@@ -207,7 +210,7 @@ def _tuning(job: Training, student: Model | Network, fresh: tuple[str, ...]
         trees |= {site.path: _loftq(student, site, job) for site in sites}
     heads = tuple(site.path.rpartition(".")[0] + ".*" for site in student.map.sites
                   if site.role == "head" and isinstance(student, Network))
-    technique: Trainer = LoRA(job.rank, job.alpha)
+    technique: Trainer = LoRA(job.rank, job.alpha, scales=job.scales)
     return Tuning(frozenset(), technique, tuple(site.path for site in sites), (*fresh, *heads),
                   dropout=dropout), trees
 
