@@ -249,6 +249,7 @@ def test_language_model_for_torch(tiny_llama: Path, tmp_path: Path) -> None:
     assert found["target"] == "torch" and found["measured"]["float"]["kl_mean"] > 0
 
 
+@pytest.mark.slow
 def test_plan_for_torch_is_dry(tiny_encoder: Path, tmp_path: Path) -> None:
     few, many = (plan(encoder_job(tiny_encoder, tmp_path / "out", to=to)) for to in ("30%", "40%"))
     assert not (tmp_path / "out").exists()

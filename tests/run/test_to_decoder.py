@@ -59,6 +59,7 @@ def test_writing_is_the_likeliest_token_each_time(done: Result) -> None:
             text = torch.cat([text, torch.tensor([token])])
 
 
+@pytest.mark.slow
 def test_evaluate_runs_what_another_process_wrote(done: Result, tiny_gemma3: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(to_decoder.Writing, "reopened", lambda *_: None)

@@ -83,7 +83,7 @@ def test_it_learns_and_keeps_the_best(tmp_path: Path) -> None:
     assert not task.training
 
 
-@pytest.mark.parametrize("kill", [4, 17])
+@pytest.mark.parametrize("kill", [4, pytest.param(17, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bits(kill: int, tmp_path: Path) -> None:
     def run(folder: Path, at: int) -> int:
         return subprocess.run([sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder), str(at)],
