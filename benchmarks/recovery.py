@@ -31,8 +31,7 @@ from typing import Any
 from harness import Ledger, fingerprint, run_fresh, source_sha256, table, write_page
 
 RECOVERIES = {"2:4": "weights", "low rank": "factors", "3 bits": "scales", "GPTQ 3 bits": "scales",
-              "GPTQ 2 bits": "scales", "GPTQ 3 bits by blocks": "scales",
-              "GPTQ 2 bits by blocks": "scales"}  # and norms
+              "GPTQ 2 bits": "scales", "GPTQ 2 bits by blocks": "scales"}  # and norms
 TUNINGS = ("full", "LoRA", "QLoRA", "QLoRA on GPTQ", "QLoRA by blocks")
 BY_BLOCKS = " by blocks"
 FINE = ("k", "v")  # in 8 bits under "QLoRA by blocks": they are few, and what they lose all heads lose
@@ -204,7 +203,6 @@ def _techniques(name: str, role: str) -> tuple[Any, ...]:
     return {"2:4": (Magnitude(pattern="2:4"),), "low rank": (SVD(ratio=0.75),),
             "3 bits": (RTN(integer_grid(3, 64)),), "GPTQ 3 bits": (GPTQ(integer_grid(3, 64)),),
             "GPTQ 2 bits": (GPTQ(integer_grid(2, 64)),),
-            "GPTQ 3 bits by blocks": (GPTQ(integer_grid(3, 64, symmetric=False)),),
             "GPTQ 2 bits by blocks": (GPTQ(integer_grid(2, 64, symmetric=False)),),
             "QLoRA": (RTN(nf4_grid(64, over=2)),), "QLoRA on GPTQ": (GPTQ(nf4_grid(64, over=2)),),
             "QLoRA by blocks": (GPTQ(integer_grid(8, 64) if role in FINE else nf4_grid(32)),)}[name]
@@ -228,11 +226,15 @@ def _settings(steps: int, rate: float) -> Any:
 # ---- the page ------------------------------------------------------------------------------------------
 
 
+def _blocks_first(name: str) -> str:
+    return "each block (on a grid with zeros), then " if name.endswith(BY_BLOCKS) else ""
+
+
 def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
     head = (f"Gemma-3-270M with its channels relabelled, one thread, {steps} steps of {BATCH} windows of "
             f"{LENGTH} tokens of WikiText-2's validation text. KL is on {JUDGED} windows of its test text.")
     parts = [head]
-    recoveries = [(name, f"{RECOVERIES[name]} and norms", f"{each['before']:.3f}", f"{each['after']:.3f}",
+    recoveries = [(name, f"{_blocks_first(name)}{RECOVERIES[name]} and norms", f"{each['before']:.3f}", f"{each['after']:.3f}",
                    f"{1 - each['after'] / each['before']:.0%}")
                   for name, each in found.items() if name in RECOVERIES]
     if recoveries:
