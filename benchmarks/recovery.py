@@ -234,8 +234,8 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
     head = (f"Gemma-3-270M with its channels relabelled, one thread, {steps} steps of {BATCH} windows of "
             f"{LENGTH} tokens of WikiText-2's validation text. KL is on {JUDGED} windows of its test text.")
     parts = [head]
-    recoveries = [(name, f"{_blocks_first(name)}{RECOVERIES[name]} and norms", f"{each['before']:.3f}", f"{each['after']:.3f}",
-                   f"{1 - each['after'] / each['before']:.0%}")
+    recoveries = [(name, f"{_blocks_first(name)}{RECOVERIES[name]} and norms", f"{each['before']:.3f}",
+                   f"{each['after']:.3f}", f"{1 - each['after'] / each['before']:.0%}")
                   for name, each in found.items() if name in RECOVERIES]
     if recoveries:
         parts += ["## Recovery", table(("blocks", "what learns", "KL before", "after", "closed"), recoveries)]
