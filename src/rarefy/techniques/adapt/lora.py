@@ -7,8 +7,8 @@ Only A and B train: a fraction of the memory for moments, and the result is a sm
 depend on the rank. The base may be anything: dense, pruned, or rounded to four bits (QLoRA). What comes out
 is ``Sum(base, Product(s B, A))``, which every later step understands; merging is ``cast``, and merging into
 few bits is rounding again with the sum as target. Under ``scales`` the scales of a rounded base learn as
-well (codes do not): one number for every group of weights, a small part of what B and A take, and what four
-bits cost a small model comes back sooner. A sum that ends in a product already (a repair, LoftQ, an
+well (codes do not): one number for every group of weights, as many as B and A have in a small model, and
+what four bits cost it comes back sooner. A sum that ends in a product already (a repair, LoftQ, an
 adapter that was trained before) goes on from there, its rows of A brought to the length of fresh ones, which
 B makes up for: a repair's may be long, and a step of B would be as long in W'.
 
