@@ -8,8 +8,8 @@ HF_FOLDER is what ``permuted_gemma.py`` wrote. DATA holds ``wikitext2/valid.txt`
     2:4, low rank, 3 bits   Gemma's blocks compressed without a look at data; then what is left of them learns
                             from the original's answers: kept weights, factors, or scales. KL to the original
                             before and after
-    GPTQ 3 bits, 2 bits     the same from codes that are as good as rounding after training makes them
-    .. by blocks            in between, codes and scales of each block learn from its original (EfficientQAT)
+    GPTQ 3 bits             the same from codes that are as good as rounding after training makes them
+    GPTQ 2 bits by blocks   in between, codes and scales of each block learn from its original (EfficientQAT)
     full, LoRA, QLoRA       Gemma fine-tuned on the text: everything, adapters beside float weights, adapters
                             beside normal-float codes of 4 bits, rounded to nearest as in the paper, by GPTQ,
                             by GPTQ with keys and values in 8 bits and then block by block, where scales learn
@@ -30,8 +30,8 @@ from typing import Any
 
 from harness import Ledger, fingerprint, run_fresh, source_sha256, table, write_page
 
-RECOVERIES = {"2:4": "weights", "low rank": "factors", "3 bits": "scales", "GPTQ 3 bits": "scales",
-              "GPTQ 2 bits": "scales", "GPTQ 2 bits by blocks": "scales"}  # and norms
+RECOVERIES = {"2:4": ("weights", 2e-5), "low rank": ("factors", 1e-4), "3 bits": ("scales", 3e-4),
+              "GPTQ 3 bits": ("scales", 3e-4), "GPTQ 2 bits by blocks": ("scales", 1e-4)}  # and norms; rates
 TUNINGS = ("full", "LoRA", "QLoRA", "QLoRA on GPTQ", "QLoRA by blocks")
 BY_BLOCKS = " by blocks"
 FINE = ("k", "v")  # in 8 bits under "QLoRA by blocks": they are few, and what they lose all heads lose
@@ -102,10 +102,10 @@ def recovered(name: str, given: argparse.Namespace) -> dict[str, Any]:
     if name.endswith(BY_BLOCKS):
         trees = _by_blocks(model, trees, train.tensors["input_ids"])
     kept = [answered(model, rows, given.work / "answers") for rows in (train, held)]
-    tuned = tune(model, trees, Tuning(frozenset({RECOVERIES[name], "norms"}), where=tuple(trees)),
-                 Distillation(model, None, ((1.0, ForwardKL()),)), kept[0],
-                 _settings(given.steps, 2e-5 if name == "2:4" else 1e-4), held=kept[1],
-                 folder=given.work / _file(name))
+    moves, rate = RECOVERIES[name]
+    tuned = tune(model, trees, Tuning(frozenset({moves, "norms"}), where=tuple(trees)),
+                 Distillation(model, None, ((1.0, ForwardKL()),)), kept[0], _settings(given.steps, rate),
+                 held=kept[1], folder=given.work / _file(name))
     torch.manual_seed(0)
     after = reference.compare(Runner(model, {**tuned.trees, **tuned.params}.get)).kl_mean
     return {"before": before, "after": after, "seconds": tuned.curve.seconds}
@@ -202,7 +202,6 @@ def _techniques(name: str, role: str) -> tuple[Any, ...]:
 
     return {"2:4": (Magnitude(pattern="2:4"),), "low rank": (SVD(ratio=0.75),),
             "3 bits": (RTN(integer_grid(3, 64)),), "GPTQ 3 bits": (GPTQ(integer_grid(3, 64)),),
-            "GPTQ 2 bits": (GPTQ(integer_grid(2, 64)),),
             "GPTQ 2 bits by blocks": (GPTQ(integer_grid(2, 64, symmetric=False)),),
             "QLoRA": (RTN(nf4_grid(64, over=2)),), "QLoRA on GPTQ": (GPTQ(nf4_grid(64, over=2)),),
             "QLoRA by blocks": (GPTQ(integer_grid(8, 64) if role in FINE else nf4_grid(32)),)}[name]
@@ -234,7 +233,7 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
     head = (f"Gemma-3-270M with its channels relabelled, one thread, {steps} steps of {BATCH} windows of "
             f"{LENGTH} tokens of WikiText-2's validation text. KL is on {JUDGED} windows of its test text.")
     parts = [head]
-    recoveries = [(name, f"{_blocks_first(name)}{RECOVERIES[name]} and norms", f"{each['before']:.3f}",
+    recoveries = [(name, f"{_blocks_first(name)}{RECOVERIES[name][0]} and norms", f"{each['before']:.3f}",
                    f"{each['after']:.3f}", f"{1 - each['after'] / each['before']:.0%}")
                   for name, each in found.items() if name in RECOVERIES]
     if recoveries:
