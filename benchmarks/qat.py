@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,31 +61,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     digits, ledger = read(given.data / "mnist"), Ledger(given.work / "qat.json")
-    results: list[dict[str, dict[str, float]]] = []
+    results: list[dict[str, float]] = []
     for seed in range(given.seeds):
-        key = fingerprint(seed, digits.train.digest(), BITS, sorted(EPOCHS.items()), "nats",
-                          source_sha256(*SOURCES))
+        key = fingerprint(seed, digits.train.digest(), BITS, sorted(EPOCHS.items()), source_sha256(*SOURCES))
         if ledger.get(key) is None:
             ledger.put(key, run(digits, seed))
             print(seed, ledger.get(key), flush=True)
         results.append(ledger.get(key))
-    found, nats = (table_of(results, measure) for measure in ("error", "nats"))
+    found = {name: statistics.median(each[name] for each in results) for name in results[0]}
     write_page(PAGE, "Few bits, after training and during it", "python benchmarks/qat.py",
-               [data_said(digits), said(given.seeds), rows(found, "{:.2%}"), verdict(found, len(digits.test)),
-                "The same by what the networks lose in nats per image (cross-entropy of the labels), which "
-                "tells apart what few wrong images cannot:", rows(nats, "{:.4f}"), finer(nats)])
+               [data_said(digits), said(given.seeds), rows(found), verdict(found, len(digits.test))])
 
 
-def table_of(results: Sequence[Mapping[str, Mapping[str, float]]], measure: str) -> dict[str, float]:
-    """The median of every row over the seeds."""
-    return {name: statistics.median(each[name][measure] for each in results) for name in results[0]}
-
-
-def run(digits: Digits, seed: int) -> dict[str, dict[str, float]]:
-    """How one network does in floats, and under every method and number of bits."""
+def run(digits: Digits, seed: int) -> dict[str, float]:
+    """The error of one network in floats, and under every method and number of bits."""
     torch.manual_seed(seed)
     network = Network.from_module(trained(lenet_5(), digits, EPOCHS["float"]))
-    found = {"float": judged(network, {}, digits)}
+    found = {"float": error(network, {}, digits)}
     for bits in BITS:
         for method in METHODS:
             rounded = after if method in ("rtn", "gptq") else during
@@ -94,7 +86,7 @@ def run(digits: Digits, seed: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def after(network: Network, method: str, bits: int, digits: Digits, seed: int) -> dict[str, float]:
+def after(network: Network, method: str, bits: int, digits: Digits, seed: int) -> float:
     """Rounded after training."""
     grid, images = integer_grid(bits, 0), digits.train.tensors["0"][:CALIBRATED]
     technique: Technique = RTN(grid) if method == "rtn" else GPTQ(grid)
@@ -109,10 +101,10 @@ def after(network: Network, method: str, bits: int, digits: Digits, seed: int) -
     with seen.on(network.module), torch.no_grad():
         for batch in images.split(64):
             network.run({"0": batch}, tensors)
-    return judged(network.with_ranges(seen.ranges()), tensors, digits)
+    return error(network.with_ranges(seen.ranges()), tensors, digits)
 
 
-def during(network: Network, method: str, bits: int, digits: Digits, seed: int) -> dict[str, float]:
+def during(network: Network, method: str, bits: int, digits: Digits, seed: int) -> float:
     """Rounded while training goes on."""
     grid = integer_grid(bits, 0)
     technique: Trainer = QAT(grid) if method == "qat" else LSQ(grid)
@@ -121,19 +113,16 @@ def during(network: Network, method: str, bits: int, digits: Digits, seed: int) 
     settings = Settings(epochs=EPOCHS["rounded"], batch=64, rate=1e-3, schedule="linear", seed=seed)
     objective = Distillation(network, network, ((1.0, HardLabels()), (1.0, SoftLabels())))
     tuned = tune(network, {}, tuning, objective, digits.train, settings)
-    return judged(network.with_ranges(tuned.ranges), network.tensors(tuned.trees.get) | tuned.params, digits)
+    return error(network.with_ranges(tuned.ranges), network.tensors(tuned.trees.get) | tuned.params, digits)
 
 
 @torch.no_grad()
-def judged(network: Network, tensors: Mapping[str, Tensor], digits: Digits) -> dict[str, float]:
-    """The share of test images that are read wrongly, and nats per image; inputs rounded in the network's
-    ranges."""
+def error(network: Network, tensors: Mapping[str, Tensor], digits: Digits) -> float:
+    """The share of test images that are read wrongly, inputs rounded in the network's ranges."""
     held = digits.test.tensors
     with network.as_trained():
         answers = network.run({"0": held["0"]}, tensors)
-    wrong = answers.argmax(1) != held["labels"]
-    return {"error": float(wrong.float().mean()),
-            "nats": float(torch.nn.functional.cross_entropy(answers, held["labels"]))}
+    return float((answers.argmax(1) != held["labels"]).float().mean())
 
 
 # ---- the page ------------------------------------------------------------------------------------------
@@ -147,22 +136,11 @@ def said(seeds: int) -> str:
             "goes on for three epochs from the float network.")
 
 
-def rows(found: Mapping[str, float], form: str) -> str:
-    """The table. form: of a number."""
+def rows(found: Mapping[str, float]) -> str:
+    """The table."""
     head = ("bits of weights and inputs", *METHODS)
-    lines = [(f"{bits}", *(form.format(found[f"{method} {bits}"]) for method in METHODS)) for bits in BITS]
-    return table(head, [("float32", *[form.format(found["float"])] * len(METHODS)), *lines])
-
-
-def finer(nats: Mapping[str, float]) -> str:
-    """Whether training does better than rounding after it, in nats."""
-    lines = []
-    for bits in BITS:
-        after, during = (min((nats[f"{method} {bits}"], method) for method in methods)
-                         for methods in (METHODS[:2], METHODS[2:]))
-        word = "beats" if during < after else "does not beat"
-        lines.append(f"- {bits} bits: {during[1]} {word} {after[1]} ({during[0]:.4f} against {after[0]:.4f})")
-    return "\n".join(lines)
+    lines = [(f"{bits}", *(f"{found[f'{method} {bits}']:.2%}" for method in METHODS)) for bits in BITS]
+    return table(head, [("float32", *[f"{found['float']:.2%}"] * len(METHODS)), *lines])
 
 
 def verdict(found: Mapping[str, float], images: int) -> str:
