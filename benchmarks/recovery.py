@@ -8,8 +8,8 @@ HF_FOLDER is what ``permuted_gemma.py`` wrote. DATA holds ``wikitext2/valid.txt`
     2:4, low rank, 3 bits   Gemma's blocks compressed without a look at data; then what is left of them learns
                             from the original's answers: kept weights, factors, or scales. KL to the original
                             before and after
-    GPTQ 3 bits             the same from codes that are as good as rounding after training makes them
-    GPTQ 2 bits by blocks   in between, codes and scales of each block learn from its original (EfficientQAT)
+    GPTQ 2 bits by blocks   from codes that are as good as rounding after training makes them: each block
+                            learns codes and scales from its original, then all scales learn (EfficientQAT)
     full, LoRA, QLoRA       Gemma fine-tuned on the text: everything, adapters beside float weights, adapters
                             beside normal-float codes of 4 bits, rounded to nearest as in the paper, by GPTQ,
                             by GPTQ with keys and values in 8 bits and then block by block, where scales learn
@@ -31,7 +31,7 @@ from typing import Any
 from harness import Ledger, fingerprint, run_fresh, source_sha256, table, write_page
 
 RECOVERIES = {"2:4": ("weights", 2e-5), "low rank": ("factors", 1e-4), "3 bits": ("scales", 3e-4),
-              "GPTQ 3 bits": ("scales", 3e-4), "GPTQ 2 bits by blocks": ("scales", 1e-4)}  # and norms; rates
+              "GPTQ 2 bits by blocks": ("scales", 1e-4)}  # and norms; rates
 TUNINGS = ("full", "LoRA", "QLoRA", "QLoRA on GPTQ", "QLoRA by blocks")
 BY_BLOCKS = " by blocks"
 FINE = ("k", "v")  # in 8 bits under "QLoRA by blocks": they are few, and what they lose all heads lose
@@ -201,7 +201,7 @@ def _techniques(name: str, role: str) -> tuple[Any, ...]:
     from rarefy.techniques.quantize.rtn import RTN
 
     return {"2:4": (Magnitude(pattern="2:4"),), "low rank": (SVD(ratio=0.75),),
-            "3 bits": (RTN(integer_grid(3, 64)),), "GPTQ 3 bits": (GPTQ(integer_grid(3, 64)),),
+            "3 bits": (RTN(integer_grid(3, 64)),),
             "GPTQ 2 bits by blocks": (GPTQ(integer_grid(2, 64, symmetric=False)),),
             "QLoRA": (RTN(nf4_grid(64, over=2)),), "QLoRA on GPTQ": (GPTQ(nf4_grid(64, over=2)),),
             "QLoRA by blocks": (GPTQ(integer_grid(8, 64) if role in FINE else nf4_grid(32)),)}[name]
@@ -242,8 +242,8 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
         missed = [name for name in asked if found[name]["after"] > 0.5 * found[name]["before"]]
         parts.append("The goal, half of the KL that compression opened, is " +
                      (f"missed for {', '.join(missed)}." if missed else f"met for {', '.join(asked)}.") +
-                     " GPTQ's rows ask another question: whether training beats the best that rounding after "
-                     "training does.")
+                     " The row of GPTQ asks another question: whether training beats the best that rounding "
+                     "after training does.")
     tunings = [(name, f"{each['bits']:.2f}" if each["bits"] else "float32", f"{each['before']:.3f}",
                 f"{each['after']:.3f}", f"{each['peak'] / 1e6:.0f} MB")
                for name, each in found.items() if name in TUNINGS]
@@ -253,7 +253,7 @@ def _parts(found: Mapping[str, dict[str, Any]], steps: int) -> list[str]:
         parts += ["## Fine-tuning", table(titles, tunings)]
     if {"LoRA", "full"} <= found.keys():
         apart = [f"{name} {found[name]['after'] / found['LoRA']['after'] - 1:+.1%}, at "
-                 f"{found[name]['peak'] / found['full']['peak']:.0%} of the memory"
+                 f"{found[name]['peak'] / found['full']['peak']:.1%} of the memory"
                  for name in TUNINGS if name.startswith("QLoRA") and name in found]
         parts.append("The goal is a loss within 1% of LoRA's on the float model, in under half of the memory "
                      f"of full fine-tuning: {'; '.join(apart)}.")
